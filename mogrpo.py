@@ -1,0 +1,663 @@
+"""
+Multi-objective GRPO: align a language model to several objectives at once, without a critic.
+
+For each prompt q the policy pi samples a group of G responses o_1..o_G; a reward model gives each K scores s_ik in [0, 1].
+
+    R_i = sum_k w_k s_ik                                       one reward from K axes
+    A_i = (R_i - mean_G R) / max(std_G R, std_floor)           group-relative advantage: the group is its own baseline
+    rho = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)            per token; exactly 1 in the first inner epoch
+    d   = log pi_ref - log pi,   k3 = exp(d) - d - 1           KL to the reference, unbiased and never negative
+    J   = mean_t [ min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - beta k3 ]
+    pi <- AdamW step up J                                      then sample again
+
+Source: arXiv 2503.21819 (the system), 2402.03300 (GRPO). Departures: the paper does not publish its hyperparameters, so all
+defaults are our own choice; the standard deviation is floored, since a learned reward is noise below some spread; the
+sampler's own rounding error is measured and corrected by a truncated importance weight (2508.10751 and others saw runs
+collapse without). Left out: a separate inference engine, several minibatches a rollout, tools and multi-turn rollouts.
+
+    torchrun mogrpo.py                                  # laptop: builds a toy world, aligns a toy policy, a minute
+    torchrun mogrpo.py --policy=Qwen/Qwen2.5-0.5B-Instruct --reward_model=out/rm --prompts=prompts.jsonl       # one GPU
+    torchrun --nproc_per_node=8 mogrpo.py --policy=Qwen/Qwen2.5-7B-Instruct --reward_model=out/rm --prompts=prompts.jsonl
+    torchrun mogrpo.py --resume                         # goes on where the last run stopped, on any number of processes
+
+Reading order: Config -> Policy -> sampling -> advantages -> objective -> checkpoints -> main, the loop. The reward model, the
+toy world and what the scripts share are in reward_model.py.
+"""
+import json, math, os, resource, shutil, signal, sys, time
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+
+from reward_model import (RewardModel, compute_dtype, collect, conversation, die, fresh_folder, gathered, is_held_out, is_number,
+                          join_world, load_tokenizer, load_weights, parse, read_jsonl, render, require, run, save_folder, say,
+                          score, shard, total, toy_world, true_scores, write_text)
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+
+@dataclass
+class Config:
+    # models and data
+    policy: str = "toy"           # causal LM to align: folder or hub id; toy = the toy world in out/toy, built if absent
+    reward_model: str = "toy"     # folder from reward_model.py, or any whose id2label names axes scored by a sigmoid
+    prompts: str = "toy"          # JSONL with "prompt" or "messages"
+    heldout_prompts: str = ""     # JSONL for the before/after evaluation; empty: up to 64 of --prompts are kept back
+    out_dir: str = "out/mogrpo"   # results; an earlier run there is renamed, never overwritten
+    # objective
+    weights: str = ""             # axis=weight,...; an axis not named weighs 1
+    combine: str = "sum"          # how K scores become one advantage; sum: the paper's weighted sum
+    beta: float = 0.02            # weight of the KL to the reference; 0: no reference is loaded
+    clip_low: float = 0.2         # how far the ratio may fall before the gradient stops (matters from --epochs=2 on)
+    clip_high: float = 0.28       # how far it may rise; more than clip_low keeps rare tokens alive (DAPO, 2503.14476)
+    loss_norm: str = "sequence"   # sequence: every response weighs the same | token: every token | constant: Dr. GRPO
+    std_floor: float = 0.01       # least std of a group's reward: below it scores differ by the reward head's noise
+    # sampling
+    group_size: int = 8           # G, responses a prompt: the baseline's sample size, so at least 2
+    prompts_per_step: int = 32    # prompts of one optimizer step, over all processes
+    max_prompt_tokens: int = 512  # longer prompts are skipped and counted
+    max_new_tokens: int = 512     # responses are cut here
+    temperature: float = 1.0      # of sampling and of scoring alike; there is no top-k or top-p: they would bias rho
+    # optimization
+    steps: int = 500              # optimizer steps = rollouts (times --epochs)
+    lr: float = 1e-6              # peak; fits full fine-tuning of a few billion parameters
+    warmup: int = 10              # steps of linear warm-up; then a cosine down to a tenth of lr
+    epochs: int = 1               # optimizer steps on each rollout; above 1 the clipping starts to matter
+    grad_clip: float = 1.0        # largest gradient norm
+    micro_tokens: int = 16384     # tokens of one forward and backward, padding included; bounds activation memory
+    dtype: str = "auto"           # bfloat16 | float32 compute; auto: bfloat16 on GPU. Master weights stay float32
+    # running
+    eval_interval: int = 0        # evaluate on held-out prompts every so many steps; first and last always
+    eval_samples: int = 4         # responses a held-out prompt
+    save_interval: int = 50       # checkpoint every so many steps (and at the end, and on SIGTERM or Ctrl-C); 0: never
+    resume: bool = False          # continue from out_dir/checkpoint
+    seed: int = 0                 # order of prompts and every sampled token
+
+    def __post_init__(self):
+        for name in "prompts_per_step max_prompt_tokens max_new_tokens temperature steps lr epochs grad_clip micro_tokens \
+                     eval_samples std_floor".split():
+            require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
+        for name in "beta clip_low clip_high warmup eval_interval save_interval".split():
+            require(getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative")
+        require(self.group_size >= 2, f"--group_size={self.group_size}: a group of one is its own mean and teaches nothing; "
+                                      "take at least 2")
+        for name, known in (("combine", ("sum",)), ("loss_norm", ("sequence", "token", "constant")),
+                            ("dtype", ("auto", "float32", "bfloat16", "float64"))):
+            require(getattr(self, name) in known, f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
+        for pair in filter(None, self.weights.split(",")):
+            require(is_number(pair.partition("=")[2]) and float(pair.partition("=")[2]) >= 0,
+                    f"--weights: {pair}: expected axis=weight with a weight of at least 0")
+        require(self.policy == "toy" or "toy" not in (self.reward_model, self.prompts),
+                "with --policy, give --reward_model and --prompts, too")
+
+
+TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=1e-3, beta=0.01)  # defaults while --policy=toy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The policy
+
+class Policy(nn.Module):
+    """A causal language model with two ways through one forward, so that FSDP's hooks gather its weights for both."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tokenizer = load_tokenizer(path)
+        self.lm = load_weights(AutoModelForCausalLM, path).eval()  # eval: dropout would make rho differ from 1
+        self.saved_dtype = AutoConfig.from_pretrained(path).dtype or torch.float32
+        ends = [self.tokenizer.eos_token_id]
+        for config in (self.lm.generation_config, self.lm.config):
+            eos = getattr(config, "eos_token_id", None)
+            ends += eos if isinstance(eos, list) else [eos]
+        self.eos = sorted({e for e in ends if e is not None})
+        require(self.eos, f"{path}: neither its tokenizer nor its config names an end-of-text token")
+
+    def logits(self, hidden, temperature):
+        """hidden_ND -> float32 logits_NV / temperature."""
+        logits = self.lm.get_output_embeddings()(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
+        return (torch.tanh(logits / cap) * cap if cap else logits) / temperature
+
+    def forward(self, input_ids, temperature, targets=None, positions=None, chunk=None, **cache):
+        """Decode: the next token's logits_BV. Score (with targets): logp_N of N target tokens.
+
+        `positions_N` are flat indices into [B * T] whose hidden states predict `targets_N`. The N x V logits never exist:
+        they are made `chunk` rows at a time, and made again in the backward pass. At V = 150,000 the whole of 16,384
+        positions would be 10 GB in float32, and its gradient as much; the price is the head's matmul once more.
+        """
+        hidden = self.lm.base_model(input_ids=input_ids, **cache).last_hidden_state
+        if targets is None:
+            return self.logits(hidden[:, -1], temperature)
+
+        def logp_of(h, t):
+            logits = self.logits(h, temperature)
+            return logits.gather(-1, t[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        hidden = hidden.flatten(0, 1)[positions]
+        chunk = chunk or max(16, 2**26 // self.lm.config.get_text_config().vocab_size)  # 256 MB of float32 logits
+        return torch.cat([checkpoint(logp_of, h, t, use_reentrant=False, preserve_rng_state=False)
+                          for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+
+
+def logp(policy, groups, temperature, device, chunk=None):
+    """Log-probs of all response tokens of `groups`, [(prompt_ids, [response_ids, ...]), ...] -> logp_N, one flat vector.
+
+    Rows are prompt + response, padded on the right: under causal attention what comes last is seen by nothing before it,
+    so no mask is needed (and the flash kernel is used). Everything per token in this file is such a flat vector N over
+    (group, response, position): no padding to mask, and the end-of-text token counts like any other.
+    """
+    rows = [(prompt, response) for prompt, responses in groups for response in responses]
+    width = max(len(p) + len(r) for p, r in rows)
+    input_ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows], device=device)
+    positions = torch.tensor([i * width + len(p) - 1 + t for i, (p, r) in enumerate(rows) for t in range(len(r))], device=device)
+    targets = torch.tensor([token for _, r in rows for token in r], device=device)
+    return policy(input_ids, temperature, targets, positions, chunk)
+
+
+def check_support(policy, device, dtype):
+    """Refuse a model whose sampler, scorer and stock logits are not one distribution, before hours go into it.
+
+    Right padding, left padding, the cache and our own use of the head assume things of an architecture (causal attention
+    with positions, logits = head(hidden)). Two short prompts show whether they hold.
+    """
+    vocab = policy.lm.config.get_text_config().vocab_size
+    prompts = [[i % vocab for i in range(3, 3 + n)] for n in (3, 7)]
+    try:
+        with gathered(policy):
+            responses, sampled = sample(policy, prompts, torch.full((2, 6), 0.5), 1.0, device)
+            scored = logp(policy, [(p, [r]) for p, r in zip(prompts, responses)], 1.0, device).split([len(r) for r in responses])
+            for p, r, ours, sampler in zip(prompts, responses, scored, sampled):
+                stock = policy.lm(torch.tensor([p + r], device=device)).logits[0, len(p) - 1:-1].float().log_softmax(-1)
+                stock = stock.gather(-1, torch.tensor(r, device=device)[:, None]).squeeze(-1)
+                gap = max((ours - stock).abs().max().item(), (ours.cpu() - sampler).abs().max().item())
+                require(gap < (0.3 if dtype == torch.bfloat16 else 1e-3),
+                        f"{type(policy.lm).__name__} is not supported: its sampled and scored log-probs differ by {gap:.3g}")
+    except (AttributeError, TypeError, NotImplementedError, ValueError) as e:
+        die(f"{type(policy.lm).__name__} is not supported: {e}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Group sampling
+
+def uniforms(keys, n):
+    """One uniform number for each (response, position): u_BT in [0, 1), float64 on the CPU, row b from keys[b] alone.
+
+    A response's randomness is a function of (seed, step, prompt, sample), so what is sampled depends neither on the
+    number of processes, nor on batching, nor on which neighbours have finished; and a resumed run needs no saved state.
+    """
+    g = torch.Generator()
+    draw = lambda key: torch.rand(n, dtype=torch.float64, generator=g.manual_seed(
+        int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest(), "big")))
+    return torch.stack([draw(key) for key in keys])
+
+
+def pick(logits_BV, u_B):
+    """Next tokens and their log-probs: the inverse CDF of softmax(logits) at u; a negative u asks for the argmax."""
+    logp_BV = logits_BV.log_softmax(-1)
+    cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)  # float64: over 150,000 tokens float32 would lose the tail
+    token_B = torch.searchsorted(cdf_BV, (u_B * cdf_BV[:, -1])[:, None], right=True).squeeze(-1)
+    token_B = torch.where(u_B < 0, logits_BV.argmax(-1), token_B.clamp(max=logits_BV.shape[-1] - 1))
+    return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+
+
+@torch.no_grad()
+def sample(policy, prompts, u_BT, temperature, device):
+    """G responses to each of P prompts (token id lists), B = P x G in prompt order, by a `gathered` policy.
+
+    -> (responses: B lists of token ids, each up to and including its end-of-text token or cut at T; their log-probs under
+    the sampler: B float tensors on the CPU). No collective is called inside: processes may stop at different lengths.
+    """
+    (B, T), P = u_BT.shape, len(prompts)
+    width = max(map(len, prompts))
+    # Prefill: each prompt once, padded on the left so that all of them end, and all answers begin, in one column.
+    ids_PL = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask_BT = torch.ones(P, width + T, dtype=torch.long, device=device)
+    for row, p in zip(mask_BT, prompts):
+        row[:width - len(p)] = 0
+    place_PL = (mask_BT[:, :width].cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.lm.config)
+    logits = policy(ids_PL, temperature, attention_mask=mask_BT[:, :width], position_ids=place_PL,
+                    past_key_values=cache, use_cache=True)
+    # Its cache is then shared out to the G responses of the group.
+    cache.batch_repeat_interleave(B // P)
+    logits, mask_BT, place_B = (x.repeat_interleave(B // P, 0) for x in (logits, mask_BT, place_PL[:, -1]))
+    tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
+    logp_BT = torch.zeros(B, T, device=device)
+    u_BT, ends = u_BT.to(device), torch.tensor(policy.eos, device=device)
+    alive, done = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)  # rows still decoded
+    for t in range(T):
+        token, lp = pick(logits, u_BT[alive, t])
+        tokens_BT[alive, t], logp_BT[alive, t] = token, lp.to(logp_BT.dtype)
+        done |= torch.isin(token, ends)
+        if t + 1 == T:
+            break
+        if t % 4 == 3:  # counting who is left waits for the GPU, so not at every token
+            left = int((~done).sum())
+            if not left:
+                break
+            if 2 * left <= len(alive):  # half the batch has ended: go on with the rest alone
+                keep = (~done).nonzero().squeeze(-1)
+                cache.batch_select_indices(keep)
+                alive, done, token, mask_BT, place_B = (x[keep] for x in (alive, done, token, mask_BT, place_B))
+        place_B = place_B + 1
+        logits = policy(token[:, None], temperature, attention_mask=mask_BT[:, :width + t + 1], position_ids=place_B[:, None],
+                        past_key_values=cache, use_cache=True)
+    tokens, ended = tokens_BT.cpu(), torch.isin(tokens_BT, ends).cpu()
+    lengths = [int(e.int().argmax()) + 1 if e.any() else T for e in ended]
+    return [row[:n].tolist() for row, n in zip(tokens, lengths)], [row[:n] for row, n in zip(logp_BT.cpu(), lengths)]
+
+
+def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
+    """Sample and score `samples` responses to each prompt -> a list of group dicts; every process its own prompts.
+
+    `prompts`: dicts with messages and ids; `keys`: one a prompt, for `uniforms`. Each group gets `responses` (ids), `sampled`
+    (their log-probs), `text`, `scores_GK` and `ended`; also the seconds spent sampling and scoring.
+    """
+    groups, start = [], time.perf_counter()
+    at_once = max(1, -(-cfg.prompts_per_step // dist.get_world_size()) * cfg.group_size // samples)  # as many as in training
+    with gathered(policy):
+        for i in range(0, len(prompts), at_once):
+            part = prompts[i:i + at_once]
+            u = uniforms([(*key, g) for key in keys[i:i + at_once] for g in range(samples)], cfg.max_new_tokens)
+            responses, sampled = sample(policy, [p["ids"] for p in part], u, cfg.temperature, device)
+            for j, p in enumerate(part):
+                mine = slice(j * samples, (j + 1) * samples)
+                groups.append(dict(p, responses=responses[mine], sampled=sampled[mine],
+                                   ended=[r[-1] in policy.eos for r in responses[mine]],
+                                   text=policy.tokenizer.batch_decode(responses[mine], skip_special_tokens=True)))
+    middle = time.perf_counter()
+    with gathered(reward_model):
+        scores = score(reward_model, [(g["messages"], text) for g in groups for text in g["text"]], device)
+    for g, s_GK in zip(groups, scores.split(samples)):
+        g["scores_GK"] = s_GK
+    return groups, middle - start, time.perf_counter() - middle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Advantages
+
+def advantages(scores_PGK, weights_K, std_floor):
+    """`combine=sum` (2503.21819, 2402.03300): scores of P groups -> rewards_PG, advantages_PG.
+
+    First the weighted sum over axes, then the normalisation over the group. A learned score is noise below some spread:
+    dividing by a tiny std would turn rewards 0.50000 and 0.50001 into advantages of -1 and +1 (verl issue 6348), so the std
+    is floored; and a group that differs on no axis at all gets exactly 0, not the rounding error of its mean.
+    """
+    rewards_PG = (scores_PGK * weights_K).sum(-1)
+    centered_PG = rewards_PG - rewards_PG.mean(-1, keepdim=True)
+    advantages_PG = centered_PG / rewards_PG.std(-1, keepdim=True, correction=0).clamp(min=std_floor)
+    signal_P11 = scores_PGK.std(1, correction=0).amax(-1) > 1e-6  # the same text, scored in two batches, differs by 1e-7
+    return rewards_PG, torch.where(signal_P11[:, None], advantages_PG, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The objective
+
+def token_weights(groups, norm, max_new_tokens, responses, tokens):
+    """Weight of each token in the step's loss, flat_N; summed over all processes and micro-batches the mean is global.
+
+    `responses`, `tokens`: of the whole step, over all processes. A mean taken per micro-batch or process instead would
+    weigh a token by how its neighbours happened to be packed.
+    """
+    lengths = torch.tensor([len(r) for _, rs in groups for r in rs])
+    per_response = {"sequence": 1.0 / (lengths.double() * responses),              # GRPO: mean over tokens, then over responses
+                    "token": torch.full(lengths.shape, 1.0 / tokens).double(),     # DAPO: long responses weigh more
+                    "constant": torch.full(lengths.shape, 1.0 / (responses * max_new_tokens)).double()}[norm]  # Dr. GRPO
+    return per_response.repeat_interleave(lengths)
+
+
+def objective(logp, old_logp, ref_logp, advantage, weight, cfg):
+    """Loss of N tokens (arguments are flat_N) -> its weighted sum; for the log: weighted KL, weighted share of clipped tokens."""
+    ratio = (logp - old_logp).exp()
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    gain = torch.min(ratio * advantage, clipped * advantage)  # pessimistic: clipping never hides a loss
+    d = ref_logp - logp
+    k3 = d.exp() - d - 1
+    was_clipped = ratio * advantage > clipped * advantage
+    return ((cfg.beta * k3 - gain) * weight).sum(), (k3 * weight).sum().detach(), (was_clipped * weight).sum()
+
+
+def micro_batches(groups, budget):
+    """Cut groups into micro-batches of at most `budget` padded tokens -> dicts of `rows` (for `logp`), flat `sampled`, `advantage`.
+
+    Longest first: rows of one length share a batch and little is padding, and what does not fit in memory fails at once.
+    A group too large for the budget is cut; a single row that is too large gets a batch of its own.
+    """
+    pieces, batches = [], []
+    for g in groups:
+        width, G = len(g["ids"]) + max(map(len, g["responses"])), len(g["responses"])
+        step = max(1, min(G, budget // width))
+        pieces += [(width, g, slice(i, min(i + step, G))) for i in range(0, G, step)]
+    used, room = math.inf, 0
+    for width, g, part in sorted(pieces, key=lambda p: -p[0]):
+        n = part.stop - part.start
+        if used + n > room:
+            batches.append(dict(rows=[], sampled=[], advantage=[]))
+            used, room = 0, budget // width  # rows of the batch's longest width that fit
+        used += n
+        batch, responses = batches[-1], g["responses"][part]
+        batch["rows"].append((g["ids"], responses))
+        batch["sampled"] += g["sampled"][part]
+        batch["advantage"] += [a.expand(len(r)) for a, r in zip(g["advantages_G"][part], responses)]  # one value, every token
+    return [{k: v if k == "rows" else torch.cat(v) for k, v in batch.items()} for batch in batches]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Checkpoints: what a resumed run needs, in files that hold nothing executable
+
+def shard_rows(n, world, rank):
+    """Rows [first, last) of an n-row weight that FSDP keeps on `rank` of `world`: chunks of ceil(n / world)."""
+    size = -(-n // world)
+    return min(size * rank, n), min(size * (rank + 1), n)
+
+
+def fsync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def save_checkpoint(folder, policy, optimizer, state):
+    """Every process writes its shard of weights and AdamW moments; then the folder appears at once, whole or not at all.
+
+    No random state is among it: prompts and samples are functions of (seed, step), so `state["step"]` is the cursor.
+    """
+    rank, world, tmp = dist.get_rank(), dist.get_world_size(), f"{folder}.tmp"
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(tmp)
+    dist.barrier()
+    tensors = {}
+    for name, p in policy.named_parameters():
+        tensors[name] = p.to_local()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if p in optimizer.state:
+                tensors[f"{name}.{moment}"] = optimizer.state[p][moment].to_local()
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, f"{tmp}/shard-{rank}.safetensors")
+    fsync(f"{tmp}/shard-{rank}.safetensors")
+    dist.barrier()
+    if rank == 0:
+        write_text(f"{tmp}/state.json", json.dumps({**state, "world": world}))
+        fsync(tmp)
+        if os.path.exists(folder):
+            shutil.rmtree(f"{folder}.old", ignore_errors=True)
+            os.rename(folder, f"{folder}.old")
+        os.rename(tmp, folder)
+        shutil.rmtree(f"{folder}.old", ignore_errors=True)
+    dist.barrier()
+
+
+def find_checkpoint(folder):
+    """The newest whole checkpoint: `folder`, or its predecessor if a crash fell between two renames; None if neither."""
+    return next((f for f in (folder, f"{folder}.old") if os.path.exists(f"{f}/state.json")), None)
+
+
+def load_checkpoint(folder, policy, optimizer):
+    """Fill policy and optimizer from `folder`, written by any number of processes -> its state dict."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        with open(f"{folder}/state.json") as f:
+            state = json.load(f)
+        files = [safe_open(f"{folder}/shard-{r}.safetensors", "pt") for r in range(state["world"])]
+        def rows(name, p):  # our rows of a weight, out of the slices of the old processes' files
+            (first, last), parts = shard_rows(p.shape[0], world, rank), []
+            for r, file in enumerate(files):
+                lo, hi = shard_rows(p.shape[0], len(files), r)
+                if max(first, lo) < min(last, hi):
+                    parts.append(file.get_slice(name)[max(first, lo) - lo:min(last, hi) - lo])
+            local = p.to_local()
+            new = torch.cat(parts) if parts else local.detach().cpu()
+            require(new.shape == local.shape, f"{folder}: {name} has another shape than in --policy")
+            return new.to(local)
+        with torch.no_grad():
+            for name, p in policy.named_parameters():
+                p.to_local().copy_(rows(name, p))
+                if state["updates"]:
+                    wrap = lambda t: type(p.data).from_local(t, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                    optimizer.state[p] = {"step": torch.tensor(float(state["updates"])),
+                                          **{m: wrap(rows(f"{name}.{m}", p)) for m in ("exp_avg", "exp_avg_sq")}}
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        die(f"{folder}: the checkpoint is damaged or of another model: {e}")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The loop
+
+def load_prompts(path, tokenizer, limit):
+    """Prompts file -> dicts of messages, tag and ids; longer ones than `limit` tokens are left out and counted."""
+    prompts = []
+    for where, r in read_jsonl(path):
+        messages = conversation(where, r)
+        prompts.append(dict(messages=messages, tag=r.get("tag"), ids=render(tokenizer, messages)))
+    kept = [dict(p, index=i) for i, p in enumerate(prompts) if len(p["ids"]) <= limit]
+    if len(kept) < len(prompts):
+        say(f"warning: {len(prompts) - len(kept)} of {len(prompts)} prompts in {path} are longer than {limit} tokens: skipped")
+    return kept
+
+
+def group_metrics(scores_PGK, rewards_PG, axes, std_floor, device):
+    """What the reward model saw this step, as means over all groups of all processes.
+
+    std, zero_std: spread within a group, and the share of groups that an axis leaves without a signal above `std_floor`;
+    conflict: the share of responses that are above their group's mean on one axis and below it on another.
+    """
+    std_PK = scores_PGK.std(1, correction=0)
+    off_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)
+    conflict_P = ((off_PGK > std_floor).any(-1) & (off_PGK < -std_floor).any(-1)).float().mean(-1)
+    columns = torch.cat([torch.ones(len(std_PK), 1), rewards_PG.mean(1, keepdim=True), rewards_PG.std(1, correction=0, keepdim=True),
+                         scores_PGK.mean(1), std_PK, (std_PK < std_floor).float(), conflict_P[:, None]], 1)
+    names = ["reward", "reward_std"] + [f"{kind}/{k}" for kind in ("score", "std", "zero_std") for k in axes] + ["conflict"]
+    groups, *sums = total(columns.double().sum(0).tolist(), device)
+    return {name: x / groups for name, x in zip(names, sums)}
+
+
+def main(cfg):
+    # 1. Processes; signals to stop are heeded between two steps
+    if "toy" in (cfg.policy, cfg.reward_model, cfg.prompts):
+        toy_world()
+    rank, world, device = join_world()
+    stop = []
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda number, frame: stop.append(number))
+    dtype, is_toy = compute_dtype(cfg.dtype, device), cfg.prompts == "toy"
+    place = lambda given, name: f"out/toy/{name}" if given == "toy" else given
+
+    # 2. Models: the policy in training, its frozen copy as reference, the reward model
+    policy = shard(Policy(place(cfg.policy, "policy")), device, dtype)
+    reference = None
+    if cfg.beta:
+        reference = shard(Policy(place(cfg.policy, "policy")).to(dtype).requires_grad_(False), device, dtype)
+    reward_model = shard(RewardModel(place(cfg.reward_model, "reward_model")).eval().requires_grad_(False), device, dtype)
+    check_support(policy, device, dtype)
+    axes = reward_model.axes
+    weight_of = {k: float(w) for k, _, w in (pair.partition("=") for pair in cfg.weights.split(",") if pair)}
+    for k in weight_of:
+        require(k in axes, f"--weights: the reward model has no axis {k}; it has {', '.join(axes)}")
+    weights_K = torch.tensor([weight_of.get(k, 1.0) for k in axes])
+
+    # 3. Prompts, and those held out: never trained on
+    prompts = load_prompts(place(cfg.prompts, "prompts.jsonl"), policy.tokenizer, cfg.max_prompt_tokens)
+    if is_toy or cfg.heldout_prompts:
+        held = load_prompts(cfg.heldout_prompts or "out/toy/heldout_prompts.jsonl", policy.tokenizer, cfg.max_prompt_tokens)
+    else:
+        split = [is_held_out(p["messages"], min(0.05, 64 / max(1, len(prompts))), cfg.seed) for p in prompts]
+        held, prompts = [p for p, h in zip(prompts, split) if h], [p for p, h in zip(prompts, split) if not h]
+    require(len(prompts) >= cfg.prompts_per_step, f"{len(prompts)} prompts to train on, fewer than --prompts_per_step={cfg.prompts_per_step}")
+    require(cfg.prompts_per_step >= world, f"--prompts_per_step={cfg.prompts_per_step}: fewer than the {world} processes")
+
+    # 4. Optimizer, output folder, and where an interrupted run left off
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    state = dict(step=0, updates=0, skipped=0)
+    path = lambda name: os.path.join(cfg.out_dir, name)
+    found = find_checkpoint(path("checkpoint")) if cfg.resume else None
+    if found:
+        state = load_checkpoint(found, policy, optimizer)
+        say(f"resuming {cfg.out_dir} after step {state['step']}")
+    dist.barrier()  # nobody still looks for a checkpoint while the folder is made
+    if rank == 0:
+        if not found:
+            say(f"no checkpoint in {cfg.out_dir}: starting from the beginning") if cfg.resume else None
+            fresh_folder(cfg.out_dir)
+        write_text(path("config.json"), json.dumps(asdict(cfg), indent=1))
+        for name in ("metrics.jsonl", "samples.jsonl"):  # rows of steps after the checkpoint will be made again
+            rows = [r for _, r in read_jsonl(path(name)) if r["step"] <= state["step"]] if found else []
+            write_text(path(name), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+    def log(name, rows):
+        if rank == 0:
+            with open(path(name), "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+    def log_samples(step, groups, heldout):
+        log("samples.jsonl", collect([dict(
+            step=step, heldout=heldout, tag=g["tag"], prompt=g["messages"][-1]["content"],
+            responses=[dict(text=t, tokens=len(r), scores=dict(zip(axes, s)))
+                       for t, r, s in zip(g["text"], g["responses"], g["scores_GK"].tolist())]) for g in groups]))
+
+    def evaluate(step):
+        """Mean scores of the held-out prompts' answers; the same random numbers every time, so that steps compare."""
+        mine = held[rank::world]
+        groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.eval_samples, cfg, device)
+        log_samples(step, groups, True)
+        names = ["n"] + [f"eval/{k}" for k in axes] + ([f"true/{k}" for k in true_scores("", "")] if is_toy else [])
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        for g in groups:
+            for text, s_K in zip(g["text"], g["scores_GK"].tolist()):
+                truth = true_scores(g["messages"][-1]["content"], text).values() if is_toy else ()
+                sums += torch.tensor([1.0, *s_K, *truth], dtype=torch.float64)
+        n, *sums = total(sums.tolist(), device)
+        row = dict(step=step, **{k: s / n for k, s in zip(names[1:], sums)})
+        log("metrics.jsonl", [row])
+        return row
+
+    say(f"policy of {sum(p.numel() for p in policy.parameters()) / 1e6:.3g}M parameters on {world} process{'es' * (world > 1)}, "
+        f"{str(dtype).removeprefix('torch.')} compute; {len(prompts)} prompts, {len(held)} more held out\n"
+        f"reward = " + " + ".join(f"{w:g} {k}" for k, w in zip(axes, weights_K.tolist())))
+    if held and state["step"] == 0:
+        evaluate(0)
+    bar = tqdm(total=cfg.steps, initial=state["step"], desc="aligning", disable=rank != 0, leave=False)
+    bad_in_a_row = 0
+    for step in range(state["step"] + 1, cfg.steps + 1):
+        begin = time.perf_counter()
+        # 5. Sample a group for each prompt of the step, and score it; every process takes its share of the prompts
+        epoch, i = divmod((step - 1) * cfg.prompts_per_step, len(prompts) // cfg.prompts_per_step * cfg.prompts_per_step)
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed * 100003 + epoch)).tolist()
+        mine = [prompts[j] for j in order[i:i + cfg.prompts_per_step][rank::world]]
+        groups, sec_sample, sec_score = rollout(policy, reward_model, mine, [(cfg.seed, step, p["index"]) for p in mine],
+                                                cfg.group_size, cfg, device)
+        log_samples(step, groups, False)
+
+        # 6. Advantages; the loss weight of each token, from the size of the whole step over all processes
+        scores_PGK = torch.stack([g["scores_GK"] for g in groups])
+        rewards_PG, advantages_PG = advantages(scores_PGK, weights_K, cfg.std_floor)
+        for g, g["advantages_G"] in zip(groups, advantages_PG):
+            pass
+        batches = micro_batches(groups, cfg.micro_tokens)
+        lengths = [len(r) for g in groups for r in g["responses"]]
+        responses, tokens, ended = total([len(lengths), sum(lengths), sum(sum(g["ended"]) for g in groups)], device)
+        for b in batches:
+            b["weight"] = token_weights(b["rows"], cfg.loss_norm, cfg.max_new_tokens, responses, tokens)
+        # FSDP gathers weights in every forward, so all processes must run equally many: those with fewer repeat one at weight 0
+        most = max(collect([len(batches)]))
+        batches += [{**batches[-1], "weight": 0 * batches[-1]["weight"]}] * (most - len(batches))
+
+        # 7. Update: `epochs` optimizer steps on the same rollout, each over all micro-batches of all processes
+        lr = cfg.lr * min(1, step / max(1, cfg.warmup)) * (0.55 + 0.45 * math.cos(math.pi * step / cfg.steps))
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
+        for inner in range(cfg.epochs):
+            for b in batches:
+                new = logp(policy, b["rows"], cfg.temperature, device)
+                if inner == 0:
+                    old = new.detach()  # the sampling policy in the trainer's own arithmetic: rho is 1, no extra forward
+                    with torch.no_grad():
+                        ref = logp(reference, b["rows"], cfg.temperature, device) if reference else old
+                    weight, advantage, gap = b["weight"].to(new), b["advantage"].to(new), old - b["sampled"].to(new)
+                    # Truncated importance weight: the sampler's rounding differs from the trainer's; above 2 it is cut
+                    b = b.update(old=old, ref=ref, weight=weight, advantage=advantage * gap.exp().clamp(max=2.0)) or b
+                    sums[3:] += torch.stack([(gap.abs() * (weight != 0)).sum(), -(old * (weight != 0)).sum()])
+                loss, kl, clipped = objective(new, b["old"], b["ref"], b["advantage"], b["weight"], cfg)
+                (loss * world).backward()  # FSDP averages gradients over processes, but the weights sum to 1 over them all
+                sums[:3] += torch.stack([loss.detach(), kl, clipped]) / cfg.epochs
+            grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).full_tensor().item()
+            if math.isfinite(grad_norm):  # also false when the loss is not finite
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                state["updates"] += 1
+                bad_in_a_row = 0
+            else:
+                state["skipped"] += 1
+                bad_in_a_row += 1
+                say(f"warning: step {step}: the gradient is not finite; step skipped ({state['skipped']} so far)")
+            optimizer.zero_grad()
+        loss, kl, clipped, gap, surprise = total(sums.tolist(), device)
+        state["step"] = step
+        seconds = time.perf_counter() - begin
+
+        # 8. Log, evaluate, save
+        row = dict(step=step, loss=loss, **group_metrics(scores_PGK, rewards_PG, axes, cfg.std_floor, device),
+                   kl=kl if reference else None, clip_frac=clipped, grad_norm=grad_norm, entropy=surprise / tokens,
+                   length=tokens / responses, truncated=1 - ended / responses, lr=lr, sampler_gap=gap / tokens,
+                   skipped=state["skipped"])
+        row.update({"sec/sample": sec_sample, "sec/score": sec_score, "sec/train": seconds - sec_sample - sec_score,
+                    "tok_per_s": tokens / seconds, "peak_gb": peak_gb(device)})
+        log("metrics.jsonl", [{k: v if v is None or math.isfinite(v) else None for k, v in row.items()}])
+        bar.update()
+        say(f"step {step:>4}  reward {row['reward']:.3f}  " + "  ".join(f"{k} {row[f'score/{k}']:.2f}" for k in axes) +
+            f"  kl {kl:.3f}  length {row['length']:.0f}  {seconds:.2f} s")
+        require(bad_in_a_row < 10, "ten steps in a row had a gradient that is not finite: stopped; try a smaller --lr")
+        if held and (step == cfg.steps or cfg.eval_interval and step % cfg.eval_interval == 0):
+            evaluate(step)
+        stopping = total([len(stop)], device)[0] > 0  # a signal may have reached one process only: all agree to stop
+        if stopping or step == cfg.steps or cfg.save_interval and step % cfg.save_interval == 0:
+            save_checkpoint(path("checkpoint"), policy, optimizer, state)
+        if stopping:
+            break
+    bar.close()
+
+    # 9. Save the aligned policy as a Hugging Face folder, and show what changed
+    if state["step"] < cfg.steps:
+        say(f"stopped after step {state['step']}, saved in {path('checkpoint')}; --resume goes on from there")
+    else:
+        save_folder(policy.lm, policy.tokenizer, path("policy"), policy.saved_dtype)
+        if rank == 0:
+            report(cfg.out_dir, axes)
+    dist.destroy_process_group()
+
+
+def peak_gb(device):
+    """Most memory this process has held: of the GPU's, or without one the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def report(out_dir, axes):
+    """The end of a run: held-out scores before and after, three prompts with both answers, where everything is."""
+    evals = [r for _, r in read_jsonl(f"{out_dir}/metrics.jsonl") if f"eval/{axes[0]}" in r]
+    samples = [r for _, r in read_jsonl(f"{out_dir}/samples.jsonl") if r["heldout"]]
+    if len(evals) > 1:
+        first, last = evals[0], evals[-1]
+        truth = f"true/{axes[0]}" in first
+        say("\nheld-out prompts     learned score" + "           true score" * truth)
+        say("                    before   after" + "       before   after" * truth)
+        for k in axes:
+            say(f"  {k:<17} {first[f'eval/{k}']:>6.3f}  {last[f'eval/{k}']:>6.3f}" +
+                (f"       {first[f'true/{k}']:>6.3f}  {last[f'true/{k}']:>6.3f}" if truth else ""))
+        mean = lambda row, kind: sum(row[f"{kind}/{k}"] for k in axes) / len(axes)
+        say(f"  {'mean':<17} {mean(first, 'eval'):>6.3f}  {mean(last, 'eval'):>6.3f}" +
+            (f"       {mean(first, 'true'):>6.3f}  {mean(last, 'true'):>6.3f}" if truth else ""))
+        after = {r["prompt"]: r for r in samples if r["step"] == last["step"]}
+        before = [r for r in samples if r["step"] == first["step"]]
+        for r in before[::max(1, len(before) // 3)][:3]:
+            say(f"\n  {r['prompt']}\n    before: {r['responses'][0]['text']}\n    after:  {after[r['prompt']]['responses'][0]['text']}")
+    say(f"\nsaved in {out_dir}: policy/ (a Hugging Face folder), metrics.jsonl, samples.jsonl, checkpoint/ (for --resume)")
+
+
+if __name__ == "__main__":
+    run(main, parse(Config, sys.argv[1:], __doc__, TOY))
