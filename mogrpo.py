@@ -27,9 +27,9 @@ import json, math, os, resource, shutil, signal, sys, time
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 
-from reward_model import (RewardModel, compute_dtype, collect, conversation, die, fresh_folder, gathered, is_held_out, is_number,
-                          join_world, load_tokenizer, load_weights, parse, read_jsonl, render, require, run, save_folder, say,
-                          score, shard, total, toy_world, true_scores, write_text)
+from reward_model import (DTYPES, RewardModel, collect, conversation, die, fresh_folder, gathered, is_held_out, is_number,
+                          join_world, load, parse, read_jsonl, render, require, run, save_folder, say, score, shard, total,
+                          toy_world, true_scores, write_text)
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -38,7 +38,6 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-
 
 @dataclass
 class Config:
@@ -86,7 +85,7 @@ class Config:
         require(self.group_size >= 2, f"--group_size={self.group_size}: a group of one is its own mean and teaches nothing; "
                                       "take at least 2")
         for name, known in (("combine", ("sum",)), ("loss_norm", ("sequence", "token", "constant")),
-                            ("dtype", ("auto", "float32", "bfloat16", "float64"))):
+                            ("dtype", DTYPES)):
             require(getattr(self, name) in known, f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
         for pair in filter(None, self.weights.split(",")):
             require(is_number(pair.partition("=")[2]) and float(pair.partition("=")[2]) >= 0,
@@ -97,7 +96,6 @@ class Config:
 
 TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=1e-3, beta=0.01)  # defaults while --policy=toy
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The policy
 
@@ -106,8 +104,8 @@ class Policy(nn.Module):
 
     def __init__(self, path):
         super().__init__()
-        self.tokenizer = load_tokenizer(path)
-        self.lm = load_weights(AutoModelForCausalLM, path).eval()  # eval: dropout would make rho differ from 1
+        self.lm, self.tokenizer = load(AutoModelForCausalLM, path)
+        self.lm.eval()  # dropout would make rho differ from 1
         self.saved_dtype = AutoConfig.from_pretrained(path).dtype or torch.float32
         ends = [self.tokenizer.eos_token_id]
         for config in (self.lm.generation_config, self.lm.config):
@@ -142,7 +140,6 @@ class Policy(nn.Module):
         return torch.cat([checkpoint(logp_of, h, t, use_reentrant=False, preserve_rng_state=False)
                           for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
-
 def logp(policy, groups, temperature, device, chunk=None):
     """Log-probs of all response tokens of `groups`, [(prompt_ids, [response_ids, ...]), ...] -> logp_N, one flat vector.
 
@@ -156,7 +153,6 @@ def logp(policy, groups, temperature, device, chunk=None):
     positions = torch.tensor([i * width + len(p) - 1 + t for i, (p, r) in enumerate(rows) for t in range(len(r))], device=device)
     targets = torch.tensor([token for _, r in rows for token in r], device=device)
     return policy(input_ids, temperature, targets, positions, chunk)
-
 
 def check_support(policy, device, dtype):
     """Refuse a model whose sampler, scorer and stock logits are not one distribution, before hours go into it.
@@ -179,7 +175,6 @@ def check_support(policy, device, dtype):
     except (AttributeError, TypeError, NotImplementedError, ValueError) as e:
         die(f"{type(policy.lm).__name__} is not supported: {e}")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Group sampling
 
@@ -194,7 +189,6 @@ def uniforms(keys, n):
         int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest(), "big")))
     return torch.stack([draw(key) for key in keys])
 
-
 def pick(logits_BV, u_B):
     """Next tokens and their log-probs: the inverse CDF of softmax(logits) at u; a negative u asks for the argmax."""
     logp_BV = logits_BV.log_softmax(-1)
@@ -202,7 +196,6 @@ def pick(logits_BV, u_B):
     token_B = torch.searchsorted(cdf_BV, (u_B * cdf_BV[:, -1])[:, None], right=True).squeeze(-1)
     token_B = torch.where(u_B < 0, logits_BV.argmax(-1), token_B.clamp(max=logits_BV.shape[-1] - 1))
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
-
 
 @torch.no_grad()
 def sample(policy, prompts, u_BT, temperature, device):
@@ -250,7 +243,6 @@ def sample(policy, prompts, u_BT, temperature, device):
     lengths = [int(e.int().argmax()) + 1 if e.any() else T for e in ended]
     return [row[:n].tolist() for row, n in zip(tokens, lengths)], [row[:n] for row, n in zip(logp_BT.cpu(), lengths)]
 
-
 def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
     """Sample and score `samples` responses to each prompt -> a list of group dicts; every process its own prompts.
 
@@ -276,7 +268,6 @@ def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
         g["scores_GK"] = s_GK
     return groups, middle - start, time.perf_counter() - middle
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Advantages
 
@@ -293,7 +284,6 @@ def advantages(scores_PGK, weights_K, std_floor):
     signal_P11 = scores_PGK.std(1, correction=0).amax(-1) > 1e-6  # the same text, scored in two batches, differs by 1e-7
     return rewards_PG, torch.where(signal_P11[:, None], advantages_PG, 0.0)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The objective
 
@@ -309,7 +299,6 @@ def token_weights(groups, norm, max_new_tokens, responses, tokens):
                     "constant": torch.full(lengths.shape, 1.0 / (responses * max_new_tokens)).double()}[norm]  # Dr. GRPO
     return per_response.repeat_interleave(lengths)
 
-
 def objective(logp, old_logp, ref_logp, advantage, weight, cfg):
     """Loss of N tokens (arguments are flat_N) -> its weighted sum; for the log: weighted KL, weighted share of clipped tokens."""
     ratio = (logp - old_logp).exp()
@@ -319,7 +308,6 @@ def objective(logp, old_logp, ref_logp, advantage, weight, cfg):
     k3 = d.exp() - d - 1
     was_clipped = ratio * advantage > clipped * advantage
     return ((cfg.beta * k3 - gain) * weight).sum(), (k3 * weight).sum().detach(), (was_clipped * weight).sum()
-
 
 def micro_batches(groups, budget):
     """Cut groups into micro-batches of at most `budget` padded tokens -> dicts of `rows` (for `logp`), flat `sampled`, `advantage`.
@@ -345,7 +333,6 @@ def micro_batches(groups, budget):
         batch["advantage"] += [a.expand(len(r)) for a, r in zip(g["advantages_G"][part], responses)]  # one value, every token
     return [{k: v if k == "rows" else torch.cat(v) for k, v in batch.items()} for batch in batches]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Checkpoints: what a resumed run needs, in files that hold nothing executable
 
@@ -354,12 +341,10 @@ def shard_rows(n, world, rank):
     size = -(-n // world)
     return min(size * rank, n), min(size * (rank + 1), n)
 
-
 def fsync(path):
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
-
 
 def save_checkpoint(folder, policy, optimizer, state):
     """Every process writes its shard of weights and AdamW moments; then the folder appears at once, whole or not at all.
@@ -390,11 +375,9 @@ def save_checkpoint(folder, policy, optimizer, state):
         shutil.rmtree(f"{folder}.old", ignore_errors=True)
     dist.barrier()
 
-
 def find_checkpoint(folder):
     """The newest whole checkpoint: `folder`, or its predecessor if a crash fell between two renames; None if neither."""
     return next((f for f in (folder, f"{folder}.old") if os.path.exists(f"{f}/state.json")), None)
-
 
 def load_checkpoint(folder, policy, optimizer):
     """Fill policy and optimizer from `folder`, written by any number of processes -> its state dict."""
@@ -424,7 +407,6 @@ def load_checkpoint(folder, policy, optimizer):
         die(f"{folder}: the checkpoint is damaged or of another model: {e}")
     return state
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The loop
 
@@ -438,7 +420,6 @@ def load_prompts(path, tokenizer, limit):
     if len(kept) < len(prompts):
         say(f"warning: {len(prompts) - len(kept)} of {len(prompts)} prompts in {path} are longer than {limit} tokens: skipped")
     return kept
-
 
 def group_metrics(scores_PGK, rewards_PG, axes, std_floor, device):
     """What the reward model saw this step, as means over all groups of all processes.
@@ -455,16 +436,15 @@ def group_metrics(scores_PGK, rewards_PG, axes, std_floor, device):
     groups, *sums = total(columns.double().sum(0).tolist(), device)
     return {name: x / groups for name, x in zip(names, sums)}
 
-
 def main(cfg):
     # 1. Processes; signals to stop are heeded between two steps
     if "toy" in (cfg.policy, cfg.reward_model, cfg.prompts):
         toy_world()
-    rank, world, device = join_world()
+    rank, world, device, dtype = join_world(cfg.dtype)
     stop = []
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda number, frame: stop.append(number))
-    dtype, is_toy = compute_dtype(cfg.dtype, device), cfg.prompts == "toy"
+    is_toy = cfg.prompts == "toy"
     place = lambda given, name: f"out/toy/{name}" if given == "toy" else given
 
     # 2. Models: the policy in training, its frozen copy as reference, the reward model
@@ -629,13 +609,11 @@ def main(cfg):
             report(cfg.out_dir, axes)
     dist.destroy_process_group()
 
-
 def peak_gb(device):
     """Most memory this process has held: of the GPU's, or without one the host's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
 
 def report(out_dir, axes):
     """The end of a run: held-out scores before and after, three prompts with both answers, where everything is."""
