@@ -13,7 +13,7 @@ not: a judge of truth. It measures what the reward model sees, and a policy trai
 please it; score with a second reward model, or read the samples. In the toy world alone the true scores stand beside it.
 """
 import json, math, os, sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -63,3 +63,81 @@ def compare(values_P, base_P):
     gain, gain_half = mean_and_interval(values_P - base_P)
     wins = ((values_P - base_P > 1e-6).double() + 0.5 * ((values_P - base_P).abs() <= 1e-6)).mean().item()
     return dict(mean=mean, ci=half, gain=gain, gain_ci=gain_half, win=wins)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Main
+
+def answer(path, file, reward_model, cfg, rank, world, device, dtype):
+    """All processes: the answers of the policy at `path` to the prompts of `file` -> a list of dicts, one a prompt."""
+    policy = shard(Policy(path).requires_grad_(False), device, dtype)
+    prompts = load_prompts(file, policy.tokenizer, cfg.max_prompt_tokens)  # by each policy's own tokenizer and chat template
+    require(prompts, f"{file}: no prompt is short enough for --max_prompt_tokens={cfg.max_prompt_tokens}")
+    mine = prompts[rank::world]
+    groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.samples,
+                         -(-cfg.batch_prompts // world) * cfg.samples, cfg, device)
+    return collect([{**{k: g[k] for k in ("index", "messages", "tag", "text", "ended")}, "scores": g["scores_GK"].tolist(),
+                     "tokens": [len(r) for r in g["responses"]]} for g in groups])
+
+def show(title, table):
+    """Print one line for each measure and policy; the first policy is the baseline."""
+    say(f"\n{title}\n{'':<20}{'policy':<12}{'mean':>8}{'95 %':>8}{'gain':>9}{'95 %':>8}{'wins':>7}")
+    for measure, by_policy in table.items():
+        for i, (name, r) in enumerate(by_policy.items()):
+            line = f"{'' if i else measure:<20}{name[:11]:<12}{r['mean']:>8.3f}{'±' + format(r['ci'], '.3f'):>8}"
+            say(line + (f"{r['gain']:>+9.3f}{'±' + format(r['gain_ci'], '.3f'):>8}{r['win']:>7.0%}" if i else ""))
+
+def main(cfg):
+    is_toy = cfg.prompts == "toy"
+    if is_toy:
+        toy_world()
+    place = lambda given, name: f"out/toy/{name}" if given == "toy" else given
+    policies = "base=out/toy/policy,mogrpo=out/mogrpo/policy" if cfg.policies == "toy" else cfg.policies
+    policies = dict(pair.split("=", 1) for pair in policies.split(","))
+    if cfg.policies == "toy":
+        require(os.path.isdir("out/mogrpo/policy"), "out/mogrpo/policy does not exist yet; run mogrpo.py first")
+    rank, world, device, dtype = join_world(cfg.dtype)
+
+    # 1. Every policy answers every prompt; the answers are scored as they come
+    reward_model = shard(RewardModel(place(cfg.reward_model, "reward_model")).eval().requires_grad_(False), device, dtype)
+    axes, answers = reward_model.axes, {}
+    for name, path in policies.items():
+        say(f"{name}: {path} answers and is scored")
+        answers[name] = {a["index"]: a for a in answer(path, place(cfg.prompts, "heldout_prompts.jsonl"), reward_model, cfg, rank,
+                                                       world, device, dtype)}
+
+    # 2. What is compared: each prompt's mean over its samples, on the prompts that all policies could read
+    common = sorted(set.intersection(*map(set, answers.values())))
+    require(common, "no prompt is short enough for all policies")
+    measures = {name: {} for name in policies}
+    for name, of in answers.items():
+        rows = [of[i] for i in common]
+        for k, axis in enumerate(axes):
+            measures[name][axis] = [[s[k] for s in a["scores"]] for a in rows]
+        if is_toy:
+            truth = [[true_scores(a["messages"][-1]["content"], text) for text in a["text"]] for a in rows]
+            measures[name].update({f"true {k}": [[t[k] for t in ts] for ts in truth] for k in truth[0][0]})
+        measures[name]["tokens"] = [a["tokens"] for a in rows]
+        measures[name] = {m: torch.tensor(x_PS, dtype=torch.float64).mean(1) for m, x_PS in measures[name].items()}
+
+    # 3. The table, over all prompts and for each tag
+    base, result = next(iter(policies)), {}
+    tags = [answers[base][i]["tag"] for i in common]
+    for tag in ["all", *sorted({t for t in tags if t is not None}, key=str)]:
+        mine = torch.tensor([tag in ("all", t) for t in tags])
+        result[str(tag)] = {m: {name: compare(measures[name][m][mine], measures[base][m][mine]) for name in policies}
+                            for m in measures[base]}
+        show(f"{tag}: {int(mine.sum())} prompts x {cfg.samples} samples; gain over {base}, paired by prompt", result[str(tag)])
+    if rank == 0:
+        fresh_folder(cfg.out_dir)
+        clean = json.loads(json.dumps(result), parse_constant=lambda _: None)  # nan (a single prompt's interval) is not JSON
+        write_text(f"{cfg.out_dir}/eval.json", json.dumps({"policies": policies, "config": asdict(cfg), "table": clean}, indent=1))
+        write_text(f"{cfg.out_dir}/samples.jsonl", "".join(json.dumps(
+            dict(policy=name, messages=a["messages"], tag=a["tag"], response=text, tokens=n, scores=dict(zip(axes, s))),
+            ensure_ascii=False) + "\n" for name, of in answers.items() for a in of.values()
+            for text, n, s in zip(a["text"], a["tokens"], a["scores"])))
+    say(f"\nsaved in {cfg.out_dir}: eval.json, samples.jsonl")
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    run(main, parse(Config, sys.argv[1:], __doc__, TOY))

@@ -243,19 +243,20 @@ def sample(policy, prompts, u_BT, temperature, device):
     lengths = [int(e.int().argmax()) + 1 if e.any() else T for e in ended]
     return [row[:n].tolist() for row, n in zip(tokens, lengths)], [row[:n] for row, n in zip(logp_BT.cpu(), lengths)]
 
-def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
+def rollout(policy, reward_model, prompts, keys, samples, rows_at_once, cfg, device):
     """Sample and score `samples` responses to each prompt -> a list of group dicts; every process its own prompts.
 
     `prompts`: dicts with messages and ids; `keys`: one a prompt, for `uniforms`. Each group gets `responses` (ids), `sampled`
     (their log-probs), `text`, `scores_GK` and `ended`; also the seconds spent sampling and scoring.
     """
     groups, start = [], time.perf_counter()
-    at_once = max(1, -(-cfg.prompts_per_step // dist.get_world_size()) * cfg.group_size // samples)  # as many as in training
+    at_once = max(1, rows_at_once // samples)
     with gathered(policy):
         for i in range(0, len(prompts), at_once):
             part = prompts[i:i + at_once]
             u = uniforms([(*key, g) for key in keys[i:i + at_once] for g in range(samples)], cfg.max_new_tokens)
-            responses, sampled = sample(policy, [p["ids"] for p in part], u, cfg.temperature, device)
+            u = u if cfg.temperature else u.fill_(-1)
+            responses, sampled = sample(policy, [p["ids"] for p in part], u, cfg.temperature or 1.0, device)
             for j, p in enumerate(part):
                 mine = slice(j * samples, (j + 1) * samples)
                 groups.append(dict(p, responses=responses[mine], sampled=sampled[mine],
@@ -485,13 +486,15 @@ def main(cfg):
             fresh_folder(cfg.out_dir)
         write_text(path("config.json"), json.dumps(asdict(cfg), indent=1))
         for name in ("metrics.jsonl", "samples.jsonl"):  # rows of steps after the checkpoint will be made again
-            rows = [r for _, r in read_jsonl(path(name)) if r["step"] <= state["step"]] if found else []
-            write_text(path(name), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            kept = [r for _, r in read_jsonl(path(name)) if r["step"] <= state["step"]] if found else []
+            write_text(path(name), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
-    def log(name, rows):
+    def log(name, new):
         if rank == 0:
             with open(path(name), "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
+
+    rows = -(-cfg.prompts_per_step // world) * cfg.group_size  # responses that a process samples at once, also in evaluation
 
     def log_samples(step, groups, heldout):
         log("samples.jsonl", collect([dict(
@@ -502,7 +505,8 @@ def main(cfg):
     def evaluate(step):
         """Mean scores of the held-out prompts' answers; the same random numbers every time, so that steps compare."""
         mine = held[rank::world]
-        groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.eval_samples, cfg, device)
+        groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.eval_samples, rows,
+                             cfg, device)
         log_samples(step, groups, True)
         names = ["n"] + [f"eval/{k}" for k in axes] + ([f"true/{k}" for k in true_scores("", "")] if is_toy else [])
         sums = torch.zeros(len(names), dtype=torch.float64)
@@ -529,7 +533,7 @@ def main(cfg):
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed * 100003 + epoch)).tolist()
         mine = [prompts[j] for j in order[i:i + cfg.prompts_per_step][rank::world]]
         groups, sec_sample, sec_score = rollout(policy, reward_model, mine, [(cfg.seed, step, p["index"]) for p in mine],
-                                                cfg.group_size, cfg, device)
+                                                cfg.group_size, rows, cfg, device)
         log_samples(step, groups, False)
 
         # 6. Advantages; the loss weight of each token, from the size of the whole step over all processes

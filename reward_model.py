@@ -374,12 +374,16 @@ def toy_world(folder="out/toy"):
         policy, tokenizer = toy_policy(demos, rng)
     for part in (policy, tokenizer):
         part.save_pretrained(f"{tmp}/policy")
-    # Rated are demonstrations and the policy's own samples, from tidy to garbage. Ratings of clean text alone give a head that
-    # a policy soon fools with word salad of a kind the head was never shown.
+    # Rated are demonstrations, the policy's own samples, and text spoiled by a splice or a wrong word. Ratings of clean text alone
+    # give a head that the policy soon fools with word salad, of which the head was never shown any.
     rated, prompts = demos[:2 * len(asked[False])], asked[False]
+    for p, a in demos[:2 * len(prompts)]:
+        a, b = a.split(), rng.choice(demos)[1].split()
+        i, j = rng.randrange(len(a)), rng.randrange(len(b))
+        rated.append((p, " ".join(a[:i] + (b[j:] if rng.random() < 0.5 else [b[j]] + a[i + 1:]))))
     tokenizer.padding_side = "left"
     batch = toy_chats(tokenizer, [(p, None) for p in prompts])
-    for temperature in tqdm((0.7, 1.0, 1.0, 1.3, 1.6), "sampling answers to rate", leave=False):
+    for temperature in tqdm((0.7, 1.0, 1.3), "sampling answers to rate", leave=False):
         out = policy.generate(**batch, do_sample=True, temperature=temperature, top_k=0, max_new_tokens=48)
         rated += zip(prompts, tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True))
     noisy = lambda s: None if rng.random() < 0.1 else round(min(1.0, max(0.0, rng.gauss(s, 0.1))), 2)
