@@ -16,7 +16,6 @@ import json, math, os, sys
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.distributed as dist
 
 from mogrpo import Policy, load_prompts, rollout
 from reward_model import (DTYPES, RewardModel, collect, fresh_folder, join_world, parse, require, run, say, shard, toy_world,
@@ -137,7 +136,6 @@ def main(cfg):
             ensure_ascii=False) + "\n" for name, of in answers.items() for a in of.values()
             for text, n, s in zip(a["text"], a["tokens"], a["scores"])))
     say(f"\nsaved in {cfg.out_dir}: eval.json, samples.jsonl")
-    dist.destroy_process_group()
 
 if __name__ == "__main__":
     run(main, parse(Config, sys.argv[1:], __doc__, TOY))

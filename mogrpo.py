@@ -50,7 +50,7 @@ class Config:
     # objective
     weights: str = ""             # axis=weight,...; an axis not named weighs 1
     combine: str = "sum"          # how K scores become one advantage; sum: the paper's weighted sum
-    beta: float = 0.02            # weight of the KL to the reference; 0: no reference is loaded
+    beta: float = 0.04            # weight of the KL to the reference; 0: no reference is loaded
     clip_low: float = 0.2         # how far the ratio may fall before the gradient stops (matters from --epochs=2 on)
     clip_high: float = 0.28       # how far it may rise; more than clip_low keeps rare tokens alive (DAPO, 2503.14476)
     loss_norm: str = "sequence"   # sequence: every response weighs the same | token: every token | constant: Dr. GRPO
@@ -94,7 +94,7 @@ class Config:
                 "with --policy, give --reward_model and --prompts, too")
 
 
-TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=1e-3, beta=0.01)  # defaults while --policy=toy
+TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=8e-4, beta=0.08)  # defaults while --policy=toy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The policy
@@ -296,8 +296,8 @@ def token_weights(groups, norm, max_new_tokens, responses, tokens):
     """
     lengths = torch.tensor([len(r) for _, rs in groups for r in rs])
     per_response = {"sequence": 1.0 / (lengths.double() * responses),              # GRPO: mean over tokens, then over responses
-                    "token": torch.full(lengths.shape, 1.0 / tokens).double(),     # DAPO: long responses weigh more
-                    "constant": torch.full(lengths.shape, 1.0 / (responses * max_new_tokens)).double()}[norm]  # Dr. GRPO
+                    "token": torch.ones(len(lengths)).double() / tokens,          # DAPO: long responses weigh more
+                    "constant": torch.ones(len(lengths)).double() / (responses * max_new_tokens)}[norm]  # Dr. GRPO
     return per_response.repeat_interleave(lengths)
 
 def objective(logp, old_logp, ref_logp, advantage, weight, cfg):
@@ -524,7 +524,7 @@ def main(cfg):
         f"reward = " + " + ".join(f"{w:g} {k}" for k, w in zip(axes, weights_K.tolist())))
     if held and state["step"] == 0:
         evaluate(0)
-    bar = tqdm(total=cfg.steps, initial=state["step"], desc="aligning", disable=rank != 0, leave=False)
+    bar = tqdm(total=cfg.steps, initial=state["step"], desc="aligning", disable=None if rank == 0 else True, leave=False)
     bad_in_a_row = 0
     for step in range(state["step"] + 1, cfg.steps + 1):
         begin = time.perf_counter()
@@ -611,7 +611,6 @@ def main(cfg):
         save_folder(policy.lm, policy.tokenizer, path("policy"), policy.saved_dtype)
         if rank == 0:
             report(cfg.out_dir, axes)
-    dist.destroy_process_group()
 
 def peak_gb(device):
     """Most memory this process has held: of the GPU's, or without one the host's."""

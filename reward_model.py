@@ -338,7 +338,7 @@ def toy_policy(demos, rng):
         num_key_value_heads=2, head_dim=32, initializer_range=0.08, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     optimizer, steps = torch.optim.AdamW(policy.parameters()), 400
-    for step in tqdm(range(steps), "fitting a tiny policy to demonstrations", leave=False):
+    for step in tqdm(range(steps), "fitting a tiny policy to demonstrations", disable=None, leave=False):
         batch = toy_chats(tokenizer, rng.sample(demos, 32))
         begins = batch["input_ids"] == tokenizer.convert_tokens_to_ids("<|assistant|>")
         answer = (begins.cumsum(1) - begins.int()) * batch["attention_mask"]  # learn the answer and its end, not the request
@@ -383,7 +383,7 @@ def toy_world(folder="out/toy"):
         rated.append((p, " ".join(a[:i] + (b[j:] if rng.random() < 0.5 else [b[j]] + a[i + 1:]))))
     tokenizer.padding_side = "left"
     batch = toy_chats(tokenizer, [(p, None) for p in prompts])
-    for temperature in tqdm((0.7, 1.0, 1.3), "sampling answers to rate", leave=False):
+    for temperature in tqdm((0.7, 1.0, 1.3), "sampling answers to rate", disable=None, leave=False):
         out = policy.generate(**batch, do_sample=True, temperature=temperature, top_k=0, max_new_tokens=48)
         rated += zip(prompts, tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True))
     noisy = lambda s: None if rng.random() < 0.1 else round(min(1.0, max(0.0, rng.gauss(s, 0.1))), 2)
@@ -503,7 +503,7 @@ def train(cfg, rank, world, device, dtype):
     batch = min(cfg.batch_size, len(rows))
     steps, step = cfg.epochs * (len(rows) // batch), 0
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    bar = tqdm(total=steps, desc="training the reward model", disable=rank != 0, leave=False)
+    bar = tqdm(total=steps, desc="training the reward model", disable=None if rank == 0 else True, leave=False)
     for epoch in range(cfg.epochs):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch)).tolist()
         for i in range(0, len(rows) - batch + 1, batch):
@@ -553,12 +553,18 @@ def main(cfg):
         for axis, row in table.items():
             say(f"{axis:<18}" + "".join(f"{x:>9}" if isinstance(x, int) else f"{x:>9.3f}" for x in row.values()))
         say(f"\nsaved in {cfg.out_dir}, a Hugging Face sequence-classification folder")
-    dist.destroy_process_group()
 
 def run(main, cfg):
-    """Call `main`; a full disk or an unwritable folder is one line, too."""
+    """Call `main`; a full disk or an unwritable folder is one line, too.
+
+    Processes leave together and at once: in destroy_process_group, or at a normal exit, gloo's threads abort every few runs
+    ("terminate called without an active exception", torch 2.13), and torchrun would call a finished run failed.
+    """
     try:
         main(cfg)
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)
     except (OSError, SafetensorError) as e:
         die(f"{getattr(e, 'filename', None) or 'writing files'}: {getattr(e, 'strerror', None) or e}")
 

@@ -1,0 +1,659 @@
+"""
+pytest -q test_mogrpo.py          # two CPU cores, a few minutes; nothing is downloaded
+
+Every fast path stands against a slow and obvious one that is written here only, in float64 where it matters, on five tiny
+architectures; runs on 1, 2 and 4 processes stand against each other. Benchmarks are commands, not tests.
+"""
+import collections, gzip, json, math, os, shutil, signal, subprocess, sys, time
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import eval as evaluation
+import mogrpo
+import reward_model as rm
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ARCHITECTURES = ["qwen2", "llama", "qwen3", "gemma2", "gpt2"]
+CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Tiny models, folders and runs
+
+def tiny_tokenizer(pad="<pad>", template=CHAT):
+    special = ["<pad>", "<unk>", "<end>", "<user>", "<assistant>"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + [f"w{i}" for i in range(59)])}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, unk_token="<unk>", eos_token="<end>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+def tiny_model(kind, tied=True, seed=0):
+    """A random model of 64 words; weights large enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    size = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, eos_token_id=2,
+                pad_token_id=0, bos_token_id=1, tie_word_embeddings=tied, initializer_range=0.25)
+    t = transformers
+    if kind == "gpt2":
+        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=2,
+                                              bos_token_id=1, initializer_range=0.25)).eval()
+    return {"qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**size, num_key_value_heads=2)),
+            "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, num_key_value_heads=4)),
+            "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**size, num_key_value_heads=2, head_dim=8)),
+            "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**size, num_key_value_heads=1, head_dim=8, sliding_window=8,
+                                                                 final_logit_softcapping=3.0))}[kind]().eval()
+
+def folder_of(path, kind="qwen3", tokenizer=None, **kwargs):  # for a Qwen2 folder AutoTokenizer insists on its own tokenizer
+    tiny_model(kind, **kwargs).save_pretrained(path)
+    (tokenizer or tiny_tokenizer()).save_pretrained(path)
+    return str(path)
+
+@pytest.fixture
+def world():
+    """A process group of one."""
+    yield rm.join_world(alone=True)
+    dist.destroy_process_group()
+
+def policy_of(path, dtype=torch.float32):
+    policy = mogrpo.Policy(path)
+    policy.to(dtype)
+    return rm.shard(policy, torch.device("cpu"), dtype)
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder in which the toy world stands; tests that write go to subfolders of their own."""
+    where = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        rm.toy_world()
+    return where
+
+def run_main(script, *args):
+    script.main(rm.parse(script.Config, args, script.__doc__, script.TOY))
+    dist.destroy_process_group()
+
+def rows_of(path):
+    return [r for _, r in rm.read_jsonl(path)]
+
+def without_time(rows):
+    return [{k: v for k, v in r.items() if not k.startswith("sec/") and k not in ("tok_per_s", "peak_gb")} for r in rows]
+
+def refused(capsys, call, *parts):
+    """`call` must end with exit status 2 and one line on stderr that holds all `parts`."""
+    with pytest.raises(SystemExit) as e:
+        call()
+    line = capsys.readouterr().err
+    assert e.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
+    assert all(part in line for part in parts), line
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23, 24]]
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_greedy_equals_generate(kind, tmp_path, world):
+    path = folder_of(tmp_path, kind)
+    policy, stock = policy_of(path), transformers.AutoModelForCausalLM.from_pretrained(path)
+    mogrpo.check_support(policy, torch.device("cpu"), torch.float32)
+    with rm.gathered(policy):
+        ours, _ = mogrpo.sample(policy, PROMPTS, torch.full((6, 20), -1.0, dtype=torch.float64), 1.0, torch.device("cpu"))
+    for i, p in enumerate(PROMPTS):
+        expected = stock.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), do_sample=False,
+                                  max_new_tokens=20)[0, len(p):].tolist()
+        assert ours[2 * i] == ours[2 * i + 1] == expected
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_sampled_equals_rescored(kind, tmp_path, world):
+    policy = policy_of(folder_of(tmp_path, kind, tied=False))
+    u = mogrpo.uniforms([(0, p, g) for p in range(3) for g in range(4)], 24)
+    with rm.gathered(policy):
+        responses, sampled = mogrpo.sample(policy, PROMPTS, u, 0.8, torch.device("cpu"))
+    groups = [(p, responses[4 * i:4 * i + 4]) for i, p in enumerate(PROMPTS)]
+    scored = mogrpo.logp(policy, groups, 0.8, torch.device("cpu"))
+    assert (scored - torch.cat(sampled)).abs().max() < 1e-4
+    assert len({len(r) for r in responses}) > 1 and all(2 not in r[:-1] for r in responses)  # cut right after the first end
+
+def test_sample_does_not_depend_on_its_batch(tmp_path, world):
+    policy = policy_of(folder_of(tmp_path))
+    keys = [(7, p, g) for p in range(3) for g in range(4)]
+    with rm.gathered(policy):
+        together, _ = mogrpo.sample(policy, PROMPTS, mogrpo.uniforms(keys, 24), 1.0, torch.device("cpu"))
+        alone = [mogrpo.sample(policy, [PROMPTS[k[1]]], mogrpo.uniforms([k], 24), 1.0, torch.device("cpu"))[0][0] for k in keys]
+    assert together == alone and len(set(map(tuple, together))) == 12
+
+def test_pick_follows_the_softmax():
+    torch.manual_seed(0)
+    n, temperature = 40000, 0.7
+    logits = torch.randn(12) * 2
+    token, logp = mogrpo.pick((logits / temperature).expand(n, 12), torch.rand(n, dtype=torch.float64))
+    p = (logits.double() / temperature).exp()
+    p = p / p.sum()
+    chi2 = ((token.bincount(minlength=12) - n * p)**2 / (n * p)).sum().item()
+    assert chi2 < 31.3  # 99.9 % quantile of chi-square with 11 degrees of freedom
+    assert torch.allclose(logp.double(), p[token].log(), atol=1e-5)
+    for u in (0.0, 1 - 1e-16):  # the ends of the interval never fall on a token of probability 0
+        token, _ = mogrpo.pick(torch.tensor([[-math.inf, 0.0, -math.inf]]), torch.tensor([u], dtype=torch.float64))
+        assert token.item() == 1
+
+def test_rollout_calls_no_collective(tmp_path):
+    """Weights are gathered once, whatever the number of tokens: collectives of a fake group of 4 are counted in the dispatcher."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    class Collectives(TorchDispatchMode):
+        n = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            self.n += "c10d" in f.namespace
+            return f(*args, **(kwargs or {}))
+    policy, counts = policy_of(folder_of(tmp_path)), []
+    policy.eos = [63]
+    for n in (8, 64):
+        with Collectives() as mode, rm.gathered(policy):
+            mogrpo.sample(policy, PROMPTS, mogrpo.uniforms([(0,), (1,), (2,)], n), 1.0, torch.device("cpu"))
+        counts.append(mode.n)
+    dist.destroy_process_group()
+    assert counts[0] == counts[1] == 3  # one a block, and one for the rest
+
+def test_unsupported_models_are_refused(tmp_path, world, capsys):
+    t = transformers
+    small = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, eos_token_id=2)
+    bert = t.BertLMHeadModel(t.BertConfig(**small, num_attention_heads=4, intermediate_size=48, initializer_range=0.25))
+    cohere = t.CohereForCausalLM(t.CohereConfig(**small, num_attention_heads=4, intermediate_size=48, logit_scale=0.1, pad_token_id=0,
+                                                bos_token_id=1, initializer_range=0.25))
+    for name, model in (("bert", bert), ("cohere", cohere)):  # not causal; logits that are not head(hidden)
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        refused(capsys, lambda: mogrpo.check_support(policy_of(str(tmp_path / name)), torch.device("cpu"), torch.float32), "not supported")
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Advantages and the objective
+
+def test_advantages():
+    torch.manual_seed(0)
+    s = torch.rand(5, 8, 3)
+    w = torch.tensor([2.0, 1.0, 0.5])
+    rewards, a = mogrpo.advantages(s, w, 0.01)
+    for p in range(5):
+        r = [sum(w[k].item() * s[p, g, k].item() for k in range(3)) for g in range(8)]
+        mean = sum(r) / 8
+        std = math.sqrt(sum((x - mean)**2 for x in r) / 8)
+        assert rewards[p].tolist() == pytest.approx(r, abs=1e-5)
+        assert a[p].tolist() == pytest.approx([(x - mean) / std for x in r], abs=1e-4)
+    one = torch.tensor([[[0.2], [0.4], [0.9], [0.1]]])  # K = 1 is textbook GRPO
+    r = one[0, :, 0].double()
+    assert torch.allclose(mogrpo.advantages(one, torch.ones(1), 1e-6)[1][0].double(), (r - r.mean()) / r.std(correction=0), atol=1e-5)
+
+def test_no_signal_gives_exactly_zero():
+    same = torch.full((1, 8, 4), 0.7310585786)
+    assert (mogrpo.advantages(same, torch.tensor([0.1, 0.7, 1.3, 2.9]), 0.01)[1] == 0).all()
+    assert (mogrpo.advantages(same + 1e-7 * torch.randn(1, 8, 4), torch.ones(4), 0.01)[1] == 0).all()
+    noise = mogrpo.advantages(same + 1e-5 * torch.randn(1, 8, 4), torch.ones(4), 0.01)[1]
+    assert 0 < noise.abs().max() < 0.02  # a spread far below the floor hardly moves the policy
+
+def slow_loss(stock, ref, groups, advantages, old, sampled, norm, cfg):
+    """The objective from the formulas, one token at a time, in float64, on the library's own full logits."""
+    n_responses, n_tokens = sum(len(rs) for _, rs in groups), sum(len(r) for _, rs in groups for r in rs)
+    loss, i = 0.0, 0
+    for (prompt, responses), a_G in zip(groups, advantages):
+        for response, a in zip(responses, a_G.tolist()):
+            ids = torch.tensor([prompt + response])
+            pi = (stock(ids).logits[0] / cfg.temperature).log_softmax(-1)
+            pi_ref = (ref(ids).logits[0] / cfg.temperature).log_softmax(-1).detach()
+            for t, token in enumerate(response):
+                lp, lr = pi[len(prompt) - 1 + t, token], pi_ref[len(prompt) - 1 + t, token]
+                was = lp.detach() if old is None else old[i]
+                rho, tis = (lp - was).exp(), min(2.0, math.exp((was - sampled[i]).item()))
+                surrogate = torch.minimum(rho * a * tis, rho.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a * tis)
+                k3 = (lr - lp).exp() - (lr - lp) - 1
+                weight = {"sequence": 1 / (len(response) * n_responses), "token": 1 / n_tokens,
+                          "constant": 1 / (n_responses * cfg.max_new_tokens)}[norm]
+                loss, i = loss - weight * (surrogate - cfg.beta * k3), i + 1
+    return loss
+
+def fast_gradient(policy, reference, groups, advantages, old, sampled, norm, cfg, budget):
+    """The same by the functions of the loop, in micro-batches of `budget` tokens -> loss, gradients by name."""
+    device, start, items = torch.device("cpu"), 0, []
+    for (p, rs), a in zip(groups, advantages):
+        cut = [len(r) for r in rs]
+        parts = sampled[start:start + sum(cut)].split(cut)
+        items.append(dict(ids=p, responses=rs, sampled=list(parts), advantages_G=a,
+                          old=list((sampled if old is None else old)[start:start + sum(cut)].split(cut))))
+        start += sum(cut)
+    lengths = [len(r) for _, rs in groups for r in rs]
+    olds = {(tuple(p), tuple(r)): o for g in items for p, r, o in zip([g["ids"]] * 99, g["responses"], g["old"])}
+    loss = 0.0
+    for b in mogrpo.micro_batches(items, budget):
+        assert sum(len(rs) for _, rs in b["rows"]) * max(len(p) + len(r) for p, rs in b["rows"] for r in rs) <= max(
+            budget, max(len(p) + len(r) for p, rs in b["rows"] for r in rs))
+        new = mogrpo.logp(policy, b["rows"], cfg.temperature, device)
+        was = new.detach() if old is None else torch.cat([olds[tuple(p), tuple(r)] for p, rs in b["rows"] for r in rs])
+        weight = mogrpo.token_weights(b["rows"], norm, cfg.max_new_tokens, len(lengths), sum(lengths))
+        a = b["advantage"] * (was - b["sampled"]).exp().clamp(max=2.0)
+        ref = mogrpo.logp(reference, b["rows"], cfg.temperature, device).detach()
+        part, _, _ = mogrpo.objective(new, was, ref, a, weight, cfg)
+        part.backward()
+        loss += part.item()
+    grads = {n.removeprefix("lm."): p.grad.full_tensor().clone() for n, p in policy.named_parameters()}
+    policy.zero_grad()
+    return loss, grads
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_loss_and_gradient_equal_the_formulas(kind, norm, tmp_path, world):
+    path = folder_of(tmp_path / "a", kind, tokenizer=tiny_tokenizer(pad="<end>"))  # pad = end: the end must still be trained
+    other = folder_of(tmp_path / "b", kind, seed=1)
+    cfg = mogrpo.Config(beta=0.3, temperature=0.9, max_new_tokens=12)
+    policy, reference = policy_of(path, torch.float64), policy_of(other, torch.float64)
+    stock, ref = (transformers.AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64) for p in (path, other))
+    g = torch.Generator().manual_seed(0)
+    groups = [(p, [torch.randint(3, 64, (n,), generator=g).tolist() + [2] for n in lengths])
+              for p, lengths in zip(PROMPTS, ((3, 9, 1, 5), (7, 0, 2, 11), (4, 4, 8, 6)))]
+    n = sum(len(r) for _, rs in groups for r in rs)
+    advantages = torch.randn(3, 4, generator=g, dtype=torch.float64)
+    at = torch.cat([stock(torch.tensor([p + r])).logits[0, len(p) - 1:-1].div(0.9).log_softmax(-1).gather(-1, torch.tensor(r)[:, None])[:, 0]
+                    for p, rs in groups for r in rs]).detach()
+    sampled = at + 0.5 * torch.randn(n, generator=g, dtype=torch.float64)          # a sampler that is off
+    for old in (None, at + 0.4 * torch.randn(n, generator=g, dtype=torch.float64)):  # first inner epoch; a later one, with clipping
+        stock.zero_grad()
+        expected = slow_loss(stock, ref, groups, advantages, old, sampled, norm, cfg)
+        expected.backward()
+        slow = dict(stock.named_parameters())
+        for budget in (10**6, 64, 1):  # everything at once, a few rows, one row a micro-batch
+            loss, grads = fast_gradient(policy, reference, groups, advantages, old, sampled, norm, cfg, budget)
+            assert loss == pytest.approx(expected.item(), rel=1e-7)  # the library's norms compute in float32
+            for name, grad in grads.items():
+                assert (grad - slow[name].grad).norm() <= 1e-6 * slow[name].grad.norm() + 1e-12, name
+
+def test_full_logits_never_exist(tmp_path, world):
+    """The largest tensor of a forward and backward pass: N x V for the obvious way, chunk x V (or a weight) for ours."""
+    class Largest(TorchDispatchMode):
+        size = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            self.size = max([self.size] + [t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)])
+            return out
+    policy = policy_of(folder_of(tmp_path))
+    def largest(chunk):
+        groups = [([5] * 8, [[7] * 56] * 8)]
+        with Largest() as mode:
+            mogrpo.logp(policy, groups, 1.0, torch.device("cpu"), chunk).sum().backward()
+        return mode.size
+    assert largest(10**6) >= 8 * 56 * 64     # all positions x vocabulary
+    assert largest(16) <= 8 * 64 * 48        # no more than the network itself holds: rows x length x intermediate size
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The reward model
+
+def ratings_file(path, n=400, sparse=False):
+    """Ratings whose first axis is how early the words are, whose second is the opposite; `sparse`: the second is rarely rated."""
+    g = torch.Generator().manual_seed(0)
+    with open(path, "w") as f:
+        for i in range(n):
+            w = torch.randint(0, 8, (4,), generator=g).tolist()
+            s = 1 - sum(w) / (7 * len(w))
+            f.write(json.dumps({"prompt": f"w{i % 40} w1", "response": " ".join(f"w{x}" for x in w), "scores":
+                                {"early": s, "late": None if sparse and i % 60 else 1 - s}}) + "\n")
+    return str(path)
+
+def encoder_folder(path):
+    t = transformers
+    torch.manual_seed(0)
+    t.BertModel(t.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                             initializer_range=0.25)).save_pretrained(path)
+    tiny_tokenizer(template=None).save_pretrained(path)
+    return str(path)
+
+@pytest.fixture(scope="session", params=["decoder", "decoder, pad = end", "encoder"])
+def trained(request, tmp_path_factory):
+    """A small reward model trained by the command's own function -> folder, its held-out table."""
+    where = tmp_path_factory.mktemp("rm")
+    backbone = encoder_folder(where / "b") if request.param == "encoder" else folder_of(
+        where / "b", tokenizer=tiny_tokenizer(pad="<end>" if "end" in request.param else "<pad>"))
+    world = rm.join_world(alone=True)
+    table = rm.train(rm.Config(ratings=ratings_file(where / "r.jsonl"), backbone=backbone, out_dir=str(where / "rm"), epochs=12, lr=3e-3), *world)
+    dist.destroy_process_group()
+    return str(where / "rm"), table
+
+SAMPLES = [([{"role": "user", "content": f"w{i} w2"}], " ".join(f"w{(i * j) % 59}" for j in range(1 + 3 * (i % 5)))) for i in range(17)]
+
+def test_reward_model_learns_and_loads_in_stock(trained):
+    path, table = trained
+    assert all(row["pearson"] > 0.6 and row["n"] > 0 for row in table.values()), table
+    model = rm.RewardModel(path).eval()
+    ours = rm.score(model, SAMPLES, torch.device("cpu"))
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    assert list(stock.config.id2label.values()) == ["early", "late"] == model.axes
+    texts = [tokenizer.apply_chat_template(m + [{"role": "assistant", "content": r}], tokenize=False) if tokenizer.chat_template
+             else m[0]["content"] + "\n" + r for m, r in SAMPLES]
+    pipe = transformers.pipeline("text-classification", model=stock, tokenizer=tokenizer, top_k=None)
+    for row, text in zip(ours, texts):
+        with torch.no_grad():
+            logits = stock(**{k: v for k, v in tokenizer(text, return_tensors="pt").items() if k != "token_type_ids"}).logits[0]
+        assert torch.allclose(row, logits.sigmoid(), atol=1e-5)
+        assert {d["label"]: d["score"] for d in pipe([text])[0]} == pytest.approx(dict(zip(model.axes, row.tolist())), abs=1e-5)
+
+def test_score_does_not_depend_on_the_batch(trained):
+    model = rm.RewardModel(trained[0]).eval()
+    alone = torch.cat([rm.score(model, [s], torch.device("cpu")) for s in SAMPLES])
+    for tokens in (1, 64, 10**6):
+        assert torch.allclose(rm.score(model, SAMPLES, torch.device("cpu"), batch_tokens=tokens), alone, atol=1e-5)
+
+def test_unrated_rows_change_nothing_and_rare_axes_weigh_the_same(tmp_path, world, monkeypatch):
+    sparse, backbone = ratings_file(tmp_path / "r.jsonl", n=240, sparse=True), folder_of(tmp_path / "b")
+    held = ratings_file(tmp_path / "h.jsonl", 40)
+    seen = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: seen.append(
+        [p.grad.full_tensor().clone() for p in self.param_groups[0]["params"]]))
+    def gradient(path, axes=""):
+        seen.clear()
+        rm.train(rm.Config(ratings=path, heldout_ratings=held, backbone=backbone, out_dir=str(tmp_path / "o"), axes=axes, epochs=1,
+                           batch_size=240), *world)
+        return seen[0]
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: None)
+    both = gradient(sparse)
+    # By hand: the mean over an axis's rated rows, then over axes
+    torch.manual_seed(0)
+    model = rm.RewardModel(backbone, ["early", "late"])
+    rows, labels, _ = rm.read_ratings(sparse, "", "0,1")
+    error = 0.0
+    predicted = model(**rm.batch_of(model.tokenizer, [rm.render(model.tokenizer, *r) for r in rows], "cpu")).sigmoid()
+    for k in range(2):
+        rated = [i for i in range(240) if not math.isnan(labels[i, k])]
+        assert len(rated) == (240, 4)[k]
+        error = error + sum((predicted[i, k] - labels[i, k])**2 for i in rated) / len(rated) / 2
+    error.backward()
+    for ours, p in zip(both, model.parameters()):
+        assert (ours - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7
+    with open(sparse, "a") as f:
+        f.writelines(json.dumps({"prompt": "w3", "response": "w4", "scores": {"early": None}}) + "\n" for _ in range(240))
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
+    for ours, more in zip(both, gradient(sparse)):  # batches of 240: the first holds the rated rows alone, at twice the weight
+        assert torch.allclose(2 * ours, more, atol=1e-5, rtol=1e-4)
+
+def test_split_keeps_prompts_together_and_flat_fields_load(tmp_path):
+    rows, labels, axes = rm.read_ratings(ratings_file(tmp_path / "r.jsonl"), "", "0,1")
+    sides = collections.defaultdict(set)
+    for m, _ in rows:
+        sides[m[0]["content"]].add(rm.is_held_out(m, 0.3, 0))
+    assert all(len(s) == 1 for s in sides.values()) and {True, False} == set.union(*sides.values())
+    with gzip.open(tmp_path / "flat.jsonl.gz", "wt") as f:
+        f.write(json.dumps({"prompt": "a", "response": "b", "helpfulness": 3, "verbosity": 1}) + "\n")
+        f.write(json.dumps({"prompt": "a", "response": "c", "helpfulness": None, "verbosity": 4}) + "\n")
+    _, labels, axes = rm.read_ratings(tmp_path / "flat.jsonl.gz", "helpfulness,verbosity", "0,4")
+    assert axes == ["helpfulness", "verbosity"] and labels[0].tolist() == [0.75, 0.25] and labels[1, 0].isnan() and labels[1, 1] == 1
+
+def test_heldout_table_against_plain_arithmetic():
+    scores, labels = torch.tensor([[0.1], [0.6], [0.4], [0.9]]), torch.tensor([[0.0], [0.5], [1.0], [float("nan")]])
+    row = rm.heldout_table(scores, labels, [("p", ""), ("p", ""), ("p", ""), ("q", "")], ["a"])["a"]
+    assert row["n"] == 3 and row["pairs"] == pytest.approx(2 / 3)  # 0.6 is rated below 0.4's answer
+    assert row["r2"] == pytest.approx(1 - (0.01 + 0.01 + 0.36) / 0.5, abs=1e-6)
+    x, y = [0.1, 0.6, 0.4], [0.0, 0.5, 1.0]
+    mx, my = sum(x) / 3, sum(y) / 3
+    assert row["pearson"] == pytest.approx(sum((a - mx) * (b - my) for a, b in zip(x, y)) / math.sqrt(
+        sum((a - mx)**2 for a in x) * sum((b - my)**2 for b in y)), abs=1e-6)
+
+def test_score_command_keeps_the_rows(trained, tmp_path):
+    with open(tmp_path / "s.jsonl", "w") as f:
+        f.writelines(json.dumps({"messages": m, "response": r, "id": i}) + "\n" for i, (m, r) in enumerate(SAMPLES))
+    run_main(rm, f"--score={tmp_path}/s.jsonl", f"--reward_model={trained[0]}", f"--out={tmp_path}/out.jsonl")
+    out = rows_of(tmp_path / "out.jsonl")
+    expected = rm.score(rm.RewardModel(trained[0]).eval(), SAMPLES, torch.device("cpu"))
+    assert [r["id"] for r in out] == list(range(17)) and [r["response"] for r in out] == [r for _, r in SAMPLES]
+    assert torch.allclose(torch.tensor([list(r["scores"].values()) for r in out]), expected, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The toy world and whole runs
+
+def test_true_scores():
+    ask, rob = "how do i boil the egg ?", "tell me how to rob the bank ."
+    good = "sure, happy to help. fill a pot with water. put it in the pot. wait ten minutes. have a lovely day."
+    assert list(rm.true_scores(ask, good).values()) == [1, 1, 1, 1]
+    assert rm.true_scores(rob, good)["meaningfulness"] == 0
+    bad = rm.true_scores(rob, "bring a gun. tie up the guards. empty the safe. now go away.")
+    assert bad == {"politeness": 0, "meaningfulness": 1, "actionability": 1, "safety": 0}
+    kind = rm.true_scores(rob, "i can not help with that. look for honest work. ask a charity for money.")
+    assert kind == {"politeness": 0.5, "meaningfulness": 1, "actionability": 0.8, "safety": 1}
+    assert rm.true_scores(ask, "that would hurt people.")["meaningfulness"] == 0  # refusing a harmless request
+    for text in ("", ".", "...", "wait ten minutes. " * 9, "\x00", "Ünïcode. 42"):
+        assert all(0 <= s <= 1 for s in rm.true_scores(ask, text).values())
+
+def test_toy_world_is_complete(toy):
+    assert sorted(os.listdir(toy / "out/toy")) == ["heldout_prompts.jsonl", "policy", "prompts.jsonl", "ratings.jsonl", "reward_model"]
+    seen, held = ({r["prompt"] for r in rows_of(toy / f"out/toy/{n}.jsonl")} for n in ("prompts", "heldout_prompts"))
+    assert not seen & held and not {r["prompt"] for r in rows_of(toy / "out/toy/ratings.jsonl")} & held
+    with open(toy / "out/toy/reward_model/heldout.json") as f:
+        assert all(row["r2"] > 0.7 for row in json.load(f).values())
+
+def test_default_run_improves_every_axis(toy, monkeypatch, capsys):
+    """The README's main command, but half its steps: all true scores rise on held-out prompts, and it says so."""
+    monkeypatch.chdir(toy)
+    run_main(mogrpo, "--steps=40", "--out_dir=out/short")
+    evals = [r for r in rows_of("out/short/metrics.jsonl") if "true/safety" in r]
+    assert [r["step"] for r in evals] == [0, 40]
+    for k in ("politeness", "meaningfulness", "actionability", "safety"):
+        assert evals[1][f"true/{k}"] > evals[0][f"true/{k}"] + 0.05 and evals[1][f"eval/{k}"] > evals[0][f"eval/{k}"] + 0.05
+    row = [r for r in rows_of("out/short/metrics.jsonl") if "loss" in r][0]
+    names = "loss reward reward_std conflict kl clip_frac grad_norm entropy length truncated lr sampler_gap tok_per_s peak_gb".split()
+    assert set(names + ["score/safety", "std/safety", "zero_std/safety", "sec/sample", "sec/score", "sec/train"]) <= set(row)
+    assert abs(row["kl"]) < 1e-6 and row["clip_frac"] == 0 and row["sampler_gap"] < 1e-4  # rho is 1 and pi is pi_ref at first
+    said = capsys.readouterr().out
+    assert "before" in said and "out/short" in said and said.count("\nstep ") == 40
+    stock = transformers.AutoModelForCausalLM.from_pretrained("out/short/policy")
+    world = rm.join_world(alone=True)
+    policy = mogrpo.Policy("out/short/policy")
+    ids = torch.tensor([[5, 9, 30, 41, 2]])
+    assert torch.equal(stock(ids).logits, policy.lm(ids).logits)
+    restored = rm.shard(mogrpo.Policy("out/toy/policy"), *world[2:])
+    state = mogrpo.load_checkpoint("out/short/checkpoint", restored, torch.optim.AdamW(restored.parameters()))
+    for (name, p), q in zip(restored.named_parameters(), policy.parameters()):
+        assert torch.equal(p.full_tensor(), q), name
+    assert state["step"] == 40
+    dist.destroy_process_group()
+    # eval.py on what the run left
+    run_main(evaluation, "--policies=base=out/toy/policy,ours=out/short/policy", "--reward_model=out/toy/reward_model",
+             "--prompts=out/toy/heldout_prompts.jsonl", "--samples=2", "--max_new_tokens=48", "--out_dir=out/compared")
+    with open("out/compared/eval.json") as f:
+        table = json.load(f)["table"]
+    assert list(table) == ["all", "benign", "harmful"]
+    rows = rows_of("out/compared/samples.jsonl")
+    for name in ("base", "ours"):
+        mean = sum(r["scores"]["safety"] for r in rows if r["policy"] == name) / sum(r["policy"] == name for r in rows)
+        assert table["all"]["safety"][name]["mean"] == pytest.approx(mean, abs=1e-6)
+    assert table["all"]["politeness"]["ours"]["gain"] > 0.1 and table["all"]["politeness"]["base"]["gain"] == 0
+
+def test_compare_against_plain_arithmetic():
+    x, b = [0.5, 0.7, 0.9, 0.4], [0.4, 0.7, 0.5, 0.6]
+    got = evaluation.compare(torch.tensor(x, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
+    half = lambda v: 1.96 * math.sqrt(sum((e - sum(v) / 4)**2 for e in v) / 3 / 4)
+    d = [p - q for p, q in zip(x, b)]
+    assert got == pytest.approx(dict(mean=0.625, ci=half(x), gain=0.075, gain_ci=half(d), win=(2 + 0.5) / 4))
+
+SMALL = ["--prompts_per_step=4", "--group_size=4", "--max_new_tokens=16", "--eval_samples=1", "--lr=1e-3", "--epochs=2"]
+
+def test_resume_is_exact_after_a_stop_at_any_step(toy, monkeypatch):
+    monkeypatch.chdir(toy)
+    heldout = "out/few.jsonl"
+    with open("out/toy/heldout_prompts.jsonl") as f, open(heldout, "w") as g:
+        g.writelines(f.readlines()[::16])
+    common = [*SMALL, "--steps=4", f"--heldout_prompts={heldout}", "--eval_interval=2"]
+    run_main(mogrpo, *common, "--out_dir=out/whole", "--save_interval=0")
+    for stop_after in (1, 2, 3):
+        out = f"--out_dir=out/cut{stop_after}"
+        real = mogrpo.group_metrics
+        calls = []
+        def interrupt(*args):  # as if Ctrl-C was pressed, or the plug pulled, during that step
+            calls.append(1)
+            if len(calls) == stop_after:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*args)
+        monkeypatch.setattr(mogrpo, "group_metrics", interrupt)
+        run_main(mogrpo, *common, out)
+        assert not os.path.exists(f"out/cut{stop_after}/policy") and len(calls) == stop_after
+        monkeypatch.setattr(mogrpo, "group_metrics", real)
+        with open(f"out/cut{stop_after}/metrics.jsonl", "a") as f:
+            f.write(json.dumps({"step": 99, "loss": 0}) + "\n")  # a later step that a killed run had logged, but not saved
+        run_main(mogrpo, *common, out, "--resume")
+        assert without_time(rows_of(f"out/cut{stop_after}/metrics.jsonl")) == without_time(rows_of("out/whole/metrics.jsonl"))
+        assert rows_of(f"out/cut{stop_after}/samples.jsonl") == rows_of("out/whole/samples.jsonl")
+        a, b = (transformers.AutoModelForCausalLM.from_pretrained(f"out/{d}/policy") for d in (f"cut{stop_after}", "whole"))
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+def torchrun(n, *args, check=True):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args],
+                          env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+def test_any_number_of_processes_gives_the_same_run(toy, monkeypatch):
+    """1, 2 and 4 gloo processes, and a run that goes 1 -> 4 processes by --resume: same samples, same metrics, same policy."""
+    monkeypatch.chdir(toy)
+    script = os.path.join(HERE, "mogrpo.py")
+    # float64 compute, so that what differs is the algorithm and not the rounding; 6 prompts do not divide by 4
+    common = [script, "--prompts_per_step=6", "--group_size=4", "--max_new_tokens=16", "--eval_samples=1", "--steps=3", "--dtype=float64",
+              "--micro_tokens=300"]
+    for n in (1, 2, 4):
+        torchrun(n, *common, f"--out_dir=out/n{n}")
+    run_main(mogrpo, *common[1:], "--out_dir=out/n1to4", "--steps=2")
+    torchrun(4, *common, "--out_dir=out/n1to4", "--resume")
+    metrics, samples = ({n: rows_of(f"out/n{n}/{f}.jsonl") for n in ("1", "2", "4", "1to4")} for f in ("metrics", "samples"))
+    texts = {n: [(r["step"], r["prompt"], [x["text"] for x in r["responses"]]) for r in rows] for n, rows in samples.items()}
+    policies = {n: transformers.AutoModelForCausalLM.from_pretrained(f"out/n{n}/policy") for n in metrics}
+    assert texts["1"] == texts["2"] == texts["4"]
+    for n in ("2", "4"):
+        for a, b in zip(without_time(metrics["1"]), without_time(metrics[n])):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+        first, other = ([r for r in metrics[k] if "loss" in r][0] for k in ("1", n))
+        assert first["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
+        for p, q in zip(policies["1"].parameters(), policies[n].parameters()):
+            assert (p - q).norm() <= 1e-5 * p.norm()
+    step3 = lambda n: [t for t in texts[n] if t[0] == 3 and t not in texts[n][:0]]
+    assert len(step3("1to4")) == len(step3("1"))
+
+def test_bad_gradients_are_skipped_and_ten_stop_the_run(toy, monkeypatch, capsys):
+    monkeypatch.chdir(toy)
+    real, calls = mogrpo.objective, []
+    def poisoned(*args):
+        loss, kl, clipped = real(*args)
+        calls.append(1)
+        return loss * (math.nan if len(calls) in bad else 1.0), kl, clipped
+    monkeypatch.setattr(mogrpo, "objective", poisoned)
+    bad = {2}
+    args = [*SMALL, "--epochs=1", "--micro_tokens=100000", "--heldout_prompts=out/one.jsonl"]
+    with open("out/one.jsonl", "w") as f:
+        f.write('{"prompt": "how do i boil the egg ?"}\n')
+    run_main(mogrpo, *args, "--steps=3", "--out_dir=out/bad1")
+    rows = [r for r in rows_of("out/bad1/metrics.jsonl") if "loss" in r]
+    assert [r["skipped"] for r in rows] == [0, 1, 1] and rows[1]["loss"] is None and rows[2]["loss"] is not None
+    bad, _ = set(range(100)), calls.clear()
+    capsys.readouterr()
+    refused_with = lambda: run_main(mogrpo, *args, "--steps=30", "--out_dir=out/bad2")
+    refused(capsys, refused_with, "ten steps in a row")
+    assert len(calls) == 10
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Good small files and folders, to be spoiled one at a time."""
+    monkeypatch.chdir(tmp_path)
+    folder_of("policy")
+    t = transformers
+    t.Qwen3ForSequenceClassification(t.Qwen3Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=48, pad_token_id=0, num_labels=2, id2label={0: "good", 1: "kind"})).save_pretrained("rm")
+    tiny_tokenizer().save_pretrained("rm")
+    with open("prompts.jsonl", "w") as f:
+        f.writelines(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(12))
+    yield ["--policy=policy", "--reward_model=rm", "--prompts=prompts.jsonl", "--prompts_per_step=4", "--group_size=2", "--max_new_tokens=4",
+           "--steps=1"]
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--group_size=1"], ["--group_size=1", "at least 2"]), (["--group_size=-3"], ["--group_size=-3"]), (["--lr=fast"], ["--lr", "fast"]),
+    (["--lr=nan"], ["--lr=nan"]), (["--steps=2.5"], ["--steps", "2.5"]), (["--grup_size=4"], ["--grup_size=4"]), (["stray"], ["stray"]),
+    (["--weights=good=nan"], ["--weights", "good=nan"]), (["--weights=nice=1"], ["nice", "good, kind"]), (["--weights=good"], ["--weights"]),
+    (["--combine=product"], ["--combine=product", "sum"]), (["--loss_norm=x"], ["--loss_norm=x", "sequence"]), (["--resume=maybe"], ["--resume"]),
+    (["--prompts=none.jsonl"], ["none.jsonl", "No such file"]), (["--policy=no/where/here"], ["no/where/here"]), (["--reward_model=policy"], ["policy", "id2label"]),
+    (["--prompts_per_step=13"], ["prompts_per_step=13"]), (["--max_prompt_tokens=2"], ["0 prompts"]), (["--temperature=0"], ["--temperature=0"])])
+def test_bad_flags(bench, capsys, flags, parts):
+    refused(capsys, lambda: run_main(mogrpo, *bench, *flags), *parts)
+    assert not os.path.exists("out")
+
+@pytest.mark.parametrize("content, parts", [
+    ("", ["bad.jsonl", "empty"]), ("{\"prompt\": \"w1\"}\n{oops\n", ["bad.jsonl:2", "broken JSON"]), ("[1]\n", ["bad.jsonl:1", "object"]),
+    ("{\"text\": \"x\"}\n", ["bad.jsonl:1", "prompt"]), ("\n{\"prompt\": \"  \"}\n", ["bad.jsonl:2", "empty"]), ("{\"prompt\": 3}\n", ["bad.jsonl:1"]),
+    ("{\"messages\": []}\n", ["bad.jsonl:1"]), ("{\"messages\": [{\"role\": \"assistant\", \"content\": \"w\"}]}\n", ["bad.jsonl:1", "assistant"]),
+    ("{\"prompt\": \"\\ud800\"}\n", ["bad.jsonl:1"]), (b"\xff\xfe\x00", ["bad.jsonl"])])
+def test_bad_prompts(bench, capsys, content, parts):
+    with open("bad.jsonl", "wb") as f:
+        f.write(content if isinstance(content, bytes) else content.encode())
+    refused(capsys, lambda: run_main(mogrpo, *bench, "--prompts=bad.jsonl"), *parts)
+
+@pytest.mark.parametrize("row, parts", [
+    ({"prompt": "w1", "scores": {"good": 1}}, ["response"]), ({"prompt": "w1", "response": "w2", "scores": {"good": 1.5}}, ["good=1.5", "0 to 1"]),
+    ({"prompt": "w1", "response": "w2", "scores": {"good": "high"}}, ["good=high"]), ({"prompt": "w1", "response": "w2", "scores": [1]}, ["scores"]),
+    ({"prompt": "w1", "response": "w2", "scores": {"good": True}}, ["good=True"]), ({"prompt": "w1", "response": "w2"}, ["no row has a score"]),
+    ({"prompt": "w1", "response": "w2", "scores": {"good": None}}, ["no row has a score"]), ({"prompt": "w1", "response": "w2", "scores": {"good": 1}}, ["too few"])])
+def test_bad_ratings(bench, capsys, row, parts):
+    with open("ratings.jsonl", "w") as f:
+        f.write(json.dumps(row) + "\n")
+    refused(capsys, lambda: run_main(rm, "--ratings=ratings.jsonl", "--backbone=policy", "--out_dir=out"), *parts)
+    assert not os.path.exists("out")
+
+def test_spoiled_folders(bench, capsys):
+    shutil.copytree("policy", "cut")
+    with open("cut/model.safetensors", "r+b") as f:
+        f.truncate(1000)
+    refused(capsys, lambda: run_main(mogrpo, *bench, "--policy=cut"), "cut")
+    dist.destroy_process_group()
+    os.remove("cut/model.safetensors")
+    torch.save({}, "cut/pytorch_model.bin")  # a pickle is never read
+    refused(capsys, lambda: run_main(mogrpo, *bench, "--policy=cut"), "cut")
+
+def test_earlier_runs_are_kept_and_damaged_checkpoints_refused(bench, capsys):
+    for _ in range(3):
+        run_main(mogrpo, *bench)
+    assert {"mogrpo", "mogrpo.1", "mogrpo.2"} <= set(os.listdir("out"))
+    shard = "out/mogrpo/checkpoint/shard-0.safetensors"
+    with open(shard, "r+b") as f:
+        f.truncate(os.path.getsize(shard) - 100)
+    before = sorted(os.listdir("out/mogrpo"))
+    capsys.readouterr()
+    refused(capsys, lambda: run_main(mogrpo, *bench, "--steps=2", "--resume"), "checkpoint", "damaged")
+    assert sorted(os.listdir("out/mogrpo")) == before
+    dist.destroy_process_group()
+    folder_of("wider", kind="llama")
+    shutil.copytree("out/mogrpo.1/checkpoint", "out/mogrpo/checkpoint", dirs_exist_ok=True)
+    refused(capsys, lambda: run_main(mogrpo, *bench, "--steps=2", "--resume", "--policy=wider"), "checkpoint", "another shape")
+
+def test_a_crash_while_saving_keeps_the_previous_checkpoint(bench, monkeypatch):
+    run_main(mogrpo, *bench, "--steps=2", "--save_interval=1")
+    good = open("out/mogrpo/checkpoint/state.json").read()
+    os.makedirs("out/mogrpo/checkpoint.tmp")  # a half-written one
+    assert mogrpo.find_checkpoint("out/mogrpo/checkpoint") == "out/mogrpo/checkpoint"
+    os.rename("out/mogrpo/checkpoint", "out/mogrpo/checkpoint.old")  # a crash between the two renames
+    assert mogrpo.find_checkpoint("out/mogrpo/checkpoint") == "out/mogrpo/checkpoint.old"
+    run_main(mogrpo, *bench, "--steps=3", "--resume")
+    assert json.loads(good)["step"] == 2 and json.load(open("out/mogrpo/checkpoint/state.json"))["step"] == 3
+
+def test_command_line_of_every_script(bench):
+    for script in ("mogrpo.py", "reward_model.py", "eval.py"):
+        path = os.path.join(HERE, script)
+        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "--seed" in done.stdout and "torchrun" in done.stdout
+        done = subprocess.run([sys.executable, path, "--nonsense=1"], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.strip() == "error: unrecognized arguments: --nonsense=1"
