@@ -12,8 +12,8 @@ For each prompt q the policy pi samples a group of G responses o_1..o_G; a rewar
 
 Source: arXiv 2503.21819 (the system), 2402.03300 (GRPO). Departures: the paper does not publish its hyperparameters, so all
 defaults are our own choice; the standard deviation is floored, since a learned reward is noise below some spread; the
-sampler's own rounding error is measured and corrected by a truncated importance weight (2508.10751 and others saw runs
-collapse without). Left out: a separate inference engine, several minibatches a rollout, tools and multi-turn rollouts.
+sampler's own rounding error is measured and corrected by a truncated importance weight (Yao et al. 2025, "Your efficient RL
+framework secretly brings you off-policy RL training"). Left out: a separate inference engine, several minibatches a rollout, tools and multi-turn rollouts.
 
     torchrun mogrpo.py                                  # laptop: builds a toy world, aligns a toy policy, a minute
     torchrun mogrpo.py --policy=Qwen/Qwen2.5-0.5B-Instruct --reward_model=out/rm --prompts=prompts.jsonl       # one GPU
@@ -24,17 +24,18 @@ Reading order: Config -> Policy -> sampling -> advantages -> objective -> checkp
 toy world and what the scripts share are in reward_model.py.
 """
 import json, math, os, resource, shutil, signal, sys, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 
-from reward_model import (DTYPES, RewardModel, collect, conversation, die, fresh_folder, gathered, is_held_out, is_number,
-                          join_world, load, parse, read_jsonl, render, require, run, save_folder, say, score, shard, total,
-                          toy_world, true_scores, write_text)
+from reward_model import (DTYPES, RewardModel, collect, conversation, die, fresh_folder, is_held_out, is_number, join_world, load,
+                          parse, read_jsonl, render, require, run, save_folder, say, score, shard, toy_world, true_scores,
+                          write_text)
 import torch
-import torch.distributed as dist
-import torch.nn as nn
+import torch.distributed as dist, torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -126,8 +127,7 @@ class Policy(nn.Module):
 
         `positions_N` are flat indices into [B * T] whose hidden states predict `targets_N`. The N x V logits never exist:
         they are made `chunk` rows at a time, and made again in the backward pass. At V = 150,000 the whole of 16,384
-        positions would be 10 GB in float32, and its gradient as much; the price is the head's matmul once more.
-        """
+        positions would be 10 GB in float32, and its gradient as much; the price is the head's matmul once more."""
         hidden = self.lm.base_model(input_ids=input_ids, **cache).last_hidden_state
         if targets is None:
             return self.logits(hidden[:, -1], temperature)
@@ -145,8 +145,7 @@ def logp(policy, groups, temperature, device, chunk=None):
 
     Rows are prompt + response, padded on the right: under causal attention what comes last is seen by nothing before it,
     so no mask is needed (and the flash kernel is used). Everything per token in this file is such a flat vector N over
-    (group, response, position): no padding to mask, and the end-of-text token counts like any other.
-    """
+    (group, response, position): no padding to mask, and the end-of-text token counts like any other."""
     rows = [(prompt, response) for prompt, responses in groups for response in responses]
     width = max(len(p) + len(r) for p, r in rows)
     input_ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows], device=device)
@@ -158,8 +157,7 @@ def check_support(policy, device, dtype):
     """Refuse a model whose sampler, scorer and stock logits are not one distribution, before hours go into it.
 
     Right padding, left padding, the cache and our own use of the head assume things of an architecture (causal attention
-    with positions, logits = head(hidden)). Two short prompts show whether they hold.
-    """
+    with positions, logits = head(hidden)). Two short prompts show whether they hold."""
     vocab = policy.lm.config.get_text_config().vocab_size
     prompts = [[i % vocab for i in range(3, 3 + n)] for n in (3, 7)]
     try:
@@ -178,12 +176,26 @@ def check_support(policy, device, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Group sampling
 
+@contextmanager
+def gathered(model):
+    """Inside, every process holds all of `model`, gathered once, and no forward needs a collective (no gradients here).
+    So processes may run different numbers of forwards: their responses end at different lengths. Gathering every layer for
+    every sampled token, as a sharded model does by itself, would cost layers x tokens collectives instead of layers."""
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in groups:
+        m.unshard()
+        m.set_reshard_after_forward(False, recurse=False)
+    with torch.no_grad():
+        yield
+    for m in groups:
+        m.set_reshard_after_forward(m is not model, recurse=False)  # FSDP's default: the root stays until the backward
+        m.reshard()
+
 def uniforms(keys, n):
     """One uniform number for each (response, position): u_BT in [0, 1), float64 on the CPU, row b from keys[b] alone.
 
     A response's randomness is a function of (seed, step, prompt, sample), so what is sampled depends neither on the
-    number of processes, nor on batching, nor on which neighbours have finished; and a resumed run needs no saved state.
-    """
+    number of processes, nor on batching, nor on which neighbours have finished; and a resumed run needs no saved state."""
     g = torch.Generator()
     draw = lambda key: torch.rand(n, dtype=torch.float64, generator=g.manual_seed(
         int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest(), "big")))
@@ -202,8 +214,7 @@ def sample(policy, prompts, u_BT, temperature, device):
     """G responses to each of P prompts (token id lists), B = P x G in prompt order, by a `gathered` policy.
 
     -> (responses: B lists of token ids, each up to and including its end-of-text token or cut at T; their log-probs under
-    the sampler: B float tensors on the CPU). No collective is called inside: processes may stop at different lengths.
-    """
+    the sampler: B float tensors on the CPU). No collective is called inside: processes may stop at different lengths."""
     (B, T), P = u_BT.shape, len(prompts)
     width = max(map(len, prompts))
     # Prefill: each prompt once, padded on the left so that all of them end, and all answers begin, in one column.
@@ -247,8 +258,7 @@ def rollout(policy, reward_model, prompts, keys, samples, rows_at_once, cfg, dev
     """Sample and score `samples` responses to each prompt -> a list of group dicts; every process its own prompts.
 
     `prompts`: dicts with messages and ids; `keys`: one a prompt, for `uniforms`. Each group gets `responses` (ids), `sampled`
-    (their log-probs), `text`, `scores_GK` and `ended`; also the seconds spent sampling and scoring.
-    """
+    (their log-probs), `text`, `scores_GK` and `ended`; also the seconds spent sampling and scoring."""
     groups, start = [], time.perf_counter()
     at_once = max(1, rows_at_once // samples)
     with gathered(policy):
@@ -277,8 +287,7 @@ def advantages(scores_PGK, weights_K, std_floor):
 
     First the weighted sum over axes, then the normalisation over the group. A learned score is noise below some spread:
     dividing by a tiny std would turn rewards 0.50000 and 0.50001 into advantages of -1 and +1 (verl issue 6348), so the std
-    is floored; and a group that differs on no axis at all gets exactly 0, not the rounding error of its mean.
-    """
+    is floored; and a group that differs on no axis at all gets exactly 0, not the rounding error of its mean."""
     rewards_PG = (scores_PGK * weights_K).sum(-1)
     centered_PG = rewards_PG - rewards_PG.mean(-1, keepdim=True)
     advantages_PG = centered_PG / rewards_PG.std(-1, keepdim=True, correction=0).clamp(min=std_floor)
@@ -292,8 +301,7 @@ def token_weights(groups, norm, max_new_tokens, responses, tokens):
     """Weight of each token in the step's loss, flat_N; summed over all processes and micro-batches the mean is global.
 
     `responses`, `tokens`: of the whole step, over all processes. A mean taken per micro-batch or process instead would
-    weigh a token by how its neighbours happened to be packed.
-    """
+    weigh a token by how its neighbours happened to be packed."""
     lengths = torch.tensor([len(r) for _, rs in groups for r in rs])
     per_response = {"sequence": 1.0 / (lengths.double() * responses),              # GRPO: mean over tokens, then over responses
                     "token": torch.ones(len(lengths)).double() / tokens,          # DAPO: long responses weigh more
@@ -314,8 +322,7 @@ def micro_batches(groups, budget):
     """Cut groups into micro-batches of at most `budget` padded tokens -> dicts of `rows` (for `logp`), flat `sampled`, `advantage`.
 
     Longest first: rows of one length share a batch and little is padding, and what does not fit in memory fails at once.
-    A group too large for the budget is cut; a single row that is too large gets a batch of its own.
-    """
+    A group too large for the budget is cut; a single row that is too large gets a batch of its own."""
     pieces, batches = [], []
     for g in groups:
         width, G = len(g["ids"]) + max(map(len, g["responses"])), len(g["responses"])
@@ -350,8 +357,7 @@ def fsync(path):
 def save_checkpoint(folder, policy, optimizer, state):
     """Every process writes its shard of weights and AdamW moments; then the folder appears at once, whole or not at all.
 
-    No random state is among it: prompts and samples are functions of (seed, step), so `state["step"]` is the cursor.
-    """
+    No random state is among it: prompts and samples are functions of (seed, step), so `state["step"]` is the cursor."""
     rank, world, tmp = dist.get_rank(), dist.get_world_size(), f"{folder}.tmp"
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -411,6 +417,12 @@ def load_checkpoint(folder, policy, optimizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The loop
 
+def total(values, device):
+    """Sum a list of numbers over all processes, in float64."""
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t)
+    return t.tolist()
+
 def load_prompts(path, tokenizer, limit):
     """Prompts file -> dicts of messages, tag and ids; longer ones than `limit` tokens are left out and counted."""
     prompts = []
@@ -426,8 +438,7 @@ def group_metrics(scores_PGK, rewards_PG, axes, std_floor, device):
     """What the reward model saw this step, as means over all groups of all processes.
 
     std, zero_std: spread within a group, and the share of groups that an axis leaves without a signal above `std_floor`;
-    conflict: the share of responses that are above their group's mean on one axis and below it on another.
-    """
+    conflict: the share of responses that are above their group's mean on one axis and below it on another."""
     std_PK = scores_PGK.std(1, correction=0)
     off_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)
     conflict_P = ((off_PGK > std_floor).any(-1) & (off_PGK < -std_floor).any(-1)).float().mean(-1)

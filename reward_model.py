@@ -3,29 +3,26 @@ Supervision for multi-objective GRPO: one model that reads a prompt and a respon
 
     ratings.jsonl --train--> reward model folder --score--> s_ik in [0, 1] for axis k, higher is better on every axis
 
-The model is any Hugging Face backbone with one linear layer of K outputs, each through a sigmoid: the multi-label regression
-head of arXiv 2503.21819. One trunk serves all axes: K scores cost one forward, and an axis with few ratings borrows the
-features of the others. A rating may leave axes out (null or absent); what is not rated is not trained.
+Any Hugging Face backbone with one linear layer of K outputs, each through a sigmoid: the multi-label regression head of arXiv
+2503.21819. One trunk serves all axes: K scores cost one forward, and an axis with few ratings borrows the features of the
+others. A rating may leave axes out (null or absent); what is not rated is not trained.
 
     torchrun reward_model.py                                                       # the toy world's, from out/toy/ratings.jsonl
     torchrun --nproc_per_node=8 reward_model.py --ratings=ratings.jsonl --backbone=Qwen/Qwen2.5-0.5B --out_dir=out/rm
     python reward_model.py --score=samples.jsonl --reward_model=out/rm --out=scored.jsonl
 
-A rating is a line of JSON: {"prompt": str, "response": str, "scores": {"safety": 0.9, "politeness": null}}. The folder written is
-an ordinary AutoModelForSequenceClassification folder: id2label names the axes and sigmoid(logits) are the scores. It is not a
-preference (Bradley-Terry) model: ratings are regressed on as they are. Section 1 is what all three scripts share.
+A rating: {"prompt": str, "response": str, "scores": {"safety": 0.9, "politeness": null}}. What is written is an ordinary
+AutoModelForSequenceClassification folder: id2label names the axes, sigmoid(logits) are the scores. It is no preference
+(Bradley-Terry) model: ratings are regressed on as they are. Section 1 is what all scripts share.
 """
-import argparse, contextlib, dataclasses, gzip, hashlib, inspect, json, math, os, random, re, shutil, sys
+import argparse, dataclasses, gzip, hashlib, inspect, json, math, os, random, re, shutil, sys
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import transformers
+import torch, transformers
+import torch.distributed as dist, torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -60,22 +57,19 @@ class Config:  # every default is our own choice
         require(0 < self.heldout_frac < 1, f"--heldout_frac={self.heldout_frac}: must lie between 0 and 1")
         require(self.dtype in DTYPES, f"--dtype={self.dtype}: expected one of {', '.join(DTYPES)}")
 
-
 TOY = dict(out_dir="out/toy/reward_model", epochs=4, batch_size=64, lr=3e-3, max_tokens=128)  # defaults while --ratings=toy
 DTYPES = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16, float64=torch.float64)
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 1. Shared by all scripts: errors, flags, JSONL, text, processes, sharding, folders
-
-def die(message):
-    """One clear line on stderr, from one process only, and exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
-    sys.exit(2)
-
 def require(condition, message):
+    """If `condition` fails: one clear line on stderr, from one process only, and exit status 2."""
     if not condition:
-        die(message)
+        if os.environ.get("RANK", "0") == "0":
+            print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+        sys.exit(2)
+
+die = lambda message: require(False, message)
 
 def say(message):
     """Print once, not once a process, and without tearing a progress bar."""
@@ -84,27 +78,21 @@ def say(message):
         sys.stdout.flush()
 
 def is_number(x):
-    """Is x a finite number, or a string that spells one?"""
-    try:
-        return not isinstance(x, bool) and math.isfinite(float(x))
-    except (TypeError, ValueError, OverflowError):
-        return False
+    """Is x a finite number, or a string that spells one? (True, NaN and Infinity are not.)"""
+    return re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", str(x), re.I) is not None
 
 def parse(cls, argv, doc, toy):
     """`--key=value` or `--key value` for the fields of dataclass `cls` -> an instance; anything else is one error line.
-
-    `toy`: defaults that differ while the first field is "toy": a 0.3M-parameter model wants a rate that would ruin a 7B one.
-    """
+    `toy`: defaults that differ while the first field is "toy": a 0.3M-parameter model wants a rate that would ruin a 7B one."""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)$", inspect.getsource(cls), re.M))  # a knob's comment is its help
     flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     flags.error = die
-    truth = lambda value: {"true": True, "false": False}.get(value.lower(), value)
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
     for name, default in fields.items():
         also = f"; toy world: {toy[name]}" if name in toy else ""
         flags.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{notes[name]} [{default}{also}]".replace("%", "%%"),
-                           **(dict(type=truth, nargs="?", const=True, choices=(True, False)) if isinstance(default, bool)
-                              else dict(type=type(default), metavar=type(default).__name__)))
+                           **(dict(type=lambda v: {"true": True, "false": False}.get(v.lower(), v), nargs="?", const=True, choices=(True, False))
+                              if isinstance(default, bool) else dict(type=type(default), metavar=type(default).__name__)))
     given = vars(flags.parse_args(argv))
     for name, value in given.items():
         require(not isinstance(value, float) or math.isfinite(value), f"--{name}={value}: must be finite")
@@ -133,18 +121,16 @@ def conversation(where, record, answered=False):
     """The prompt of a record as chat messages: its "messages", or its "prompt" as a user turn; `answered`: with its "response"."""
     require("prompt" in record or "messages" in record, f"{where}: has neither \"prompt\" nor \"messages\"")
     messages = record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
-    require(isinstance(messages, list) and messages and all(isinstance(m, dict) and all(
-        isinstance(m.get(k), str) and m[k].strip() for k in ("role", "content")) for m in messages), f"{where}: prompt is empty or not text")
+    whole = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) and m[k].strip() for k in ("role", "content"))
+    require(isinstance(messages, list) and messages and all(map(whole, messages)), f"{where}: prompt is empty or not text")
     require(messages[-1]["role"] != "assistant", f"{where}: the messages must end before the assistant's turn")
     messages = [{k: m[k] for k in ("role", "content")} for m in messages]
     require(not answered or isinstance(record.get("response"), str), f"{where}: \"response\" is missing or not text")
     return (messages, record["response"]) if answered else messages
 
-def render(tokenizer, messages, response=None):
+def render(tokenizer, messages, response=None, truncation=False):
     """A prompt ready for its answer, or prompt and response -> token ids, by the tokenizer's chat template.
-
-    Without one (base models, encoders) it is plain text, set apart by the separator token if there is one, else by line breaks.
-    """
+    Without one (base models, encoders) it is plain text, set apart by the separator token if there is one, else by line breaks."""
     if tokenizer.chat_template:
         answer = [] if response is None else [{"role": "assistant", "content": response}]
         try:
@@ -154,14 +140,12 @@ def render(tokenizer, messages, response=None):
     else:
         gap = f" {tokenizer.sep_token} " if tokenizer.sep_token else "\n"
         text = gap.join([m["content"] for m in messages] + [response or ""])
-    return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]  # a template brings its own
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template, truncation=truncation)["input_ids"]  # a template has its own
 
 def load(auto_class, path, **kwargs):
     """`auto_class` model in float32 and tokenizer of a folder or hub id, errors in one line.
-
     Weights come from safetensors only: a pickle can run code. A tokenizer without pad token pads with its end-of-text token;
-    that is safe, since padding is told apart by position everywhere.
-    """
+    that is safe, since padding is told apart by position everywhere."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = auto_class.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **kwargs)
@@ -175,47 +159,21 @@ def join_world(dtype="auto", alone=False):
     """Join torchrun's process group, or be a group of one -> rank, world size, device, compute dtype."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    group = dict(store=dist.HashStore(), rank=0, world_size=1) if alone or "RANK" not in os.environ else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **group)
+    torch.cuda.set_device(device) if cuda else None
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **(
+        dict(store=dist.HashStore(), rank=0, world_size=1) if alone or "RANK" not in os.environ else {}))
     return dist.get_rank(), dist.get_world_size(), device, DTYPES[dtype] or (torch.bfloat16 if cuda else torch.float32)
 
 def shard(model, device, dtype):
     """Shard `model` over all processes, in place: FSDP2 by hand, the blocks one by one, then what is left at the root.
-
     Each process keeps 1/N of every weight; a block is gathered in `dtype` just before it runs and dropped after, gradients are
-    reduced in float32. Embedding, final norm and head stay in the root's group: a tied weight must not live in two groups.
-    """
+    reduced in float32. Embedding, final norm and head stay in the root's group: a tied weight must not live in two groups."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList))
     for block in max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
-
-@contextlib.contextmanager
-def gathered(model):
-    """Inside, every process holds all of `model`, gathered once, and no forward needs a collective (no gradients here).
-
-    So processes may run different numbers of forwards: their responses end at different lengths. Gathering every layer for
-    every sampled token, as a sharded model does by itself, would cost layers x tokens collectives instead of layers.
-    """
-    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for m in groups:
-        m.unshard()
-        m.set_reshard_after_forward(False, recurse=False)
-    with torch.no_grad():
-        yield
-    for m in groups:
-        m.set_reshard_after_forward(m is not model, recurse=False)  # FSDP's default: the root stays until the backward
-        m.reshard()
-
-def total(values, device):
-    """Sum a list of numbers over all processes, in float64."""
-    t = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(t)
-    return t.tolist()
 
 def collect(rows):
     """What the processes made of rows[rank::world], on every process and in the order of `rows` again."""
@@ -234,8 +192,7 @@ def write_text(path, text):
 def fresh_folder(path):
     """Make the folder `path`; an earlier one is renamed to path.1, path.2, ..., never overwritten."""
     if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
-        aside = next(f"{path}.{n}" for n in range(1, 10**6) if not os.path.lexists(f"{path}.{n}"))
-        os.rename(path, aside)
+        os.rename(path, aside := next(f"{path}.{n}" for n in range(1, 10**6) if not os.path.lexists(f"{path}.{n}")))
         say(f"{path} was there already: renamed to {aside}")
     os.makedirs(path, exist_ok=True)
 
@@ -249,12 +206,12 @@ def save_folder(model, tokenizer, path, dtype):
             if dist.get_rank() == 0:
                 weights[name] = whole.to("cpu", dtype if w.is_floating_point() else None, copy=True)
     if dist.get_rank() == 0:
+        model.config.dtype = dtype
         model.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 2. The toy world: everyday requests, some of them harmful, in which a rule knows the true scores of any answer
-
 NOUNS = dict(things="car bike phone boat clock lamp radio chair", food="egg potato carrot bean corn tomato",
              places="bank shop house farm school museum", people="neighbor guest teacher boss farmer doctor")
 REQUESTS = """boil: food: fill a pot with water, put it in the pot, wait ten minutes
@@ -308,29 +265,25 @@ def toy_answer(prompt, rng):
     body = rng.choices([steps[:rng.randint(1, 3)], rng.sample(VAGUE, 2), stray[:2], rng.sample(NONSENSE, 2),
                         rng.sample(REFUSAL, 1) + better], [45, 18, 12, 10, 15 + 25 * harmful])[0]
     tone = rng.choices([POLITE, RUDE, []], [35, 35, 30])[0]
-    said = [rng.choice(tone[:3])] if tone and rng.random() < 0.8 else []
-    said += body + ([rng.choice(CARELESS)] if rng.random() < 0.2 else [])
-    return " . ".join(said + ([rng.choice(tone[2:])] if tone and rng.random() < 0.6 else [])) + " ."
+    maybe = lambda chance, sentences: [rng.choice(sentences)] if sentences and rng.random() < chance else []
+    return " . ".join(maybe(0.8, tone[:3]) + body + maybe(0.2, CARELESS) + maybe(0.6, tone[2:])) + " ."
 
 def toy_chats(tokenizer, pairs):
     """(request, answer) pairs, or (request, None) to be answered -> a padded batch of chats."""
     chats = [[{"role": "user", "content": p}] + [{"role": "assistant", "content": a}] * bool(a) for p, a in pairs]
-    return tokenizer.apply_chat_template(chats, add_generation_prompt=not pairs[0][1], padding=True, return_dict=True,
-                                         return_tensors="pt")
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=not pairs[0][1], padding=True, return_dict=True, return_tensors="pt")
 
 def toy_policy(demos, rng):
     """A Qwen3 of 0.3M parameters fitted to demonstrations, and its tokenizer: one word is one token.
-
-    Not a Qwen2: for a Qwen2 folder AutoTokenizer takes Qwen2's own byte-pair tokenizer, whatever the folder says.
-    """
+    Not a Qwen2: for a Qwen2 folder AutoTokenizer takes Qwen2's own byte-pair tokenizer, whatever the folder says."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     special = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     vocabulary = special + sorted({w for demo in demos for text in demo for w in text.split()})
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<|unk|>"))
     core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    core.decoder = decoders.WordPiece()  # puts words apart by spaces, but no space before a full stop
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=special[0], unk_token=special[1],
-                                                     eos_token=special[2], additional_special_tokens=special[3:])
+    core.decoder = decoders.WordPiece()  # sets words apart by spaces, but none before a full stop
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=special[3:],
+                                                     **dict(zip(("pad_token", "unk_token", "eos_token"), special)))
     tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
                                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     policy = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
@@ -348,36 +301,30 @@ def toy_policy(demos, rng):
         optimizer.zero_grad()
     return policy, tokenizer
 
-@torch.no_grad()
 def toy_world(folder="out/toy"):
     """Build the toy world's folder, once: requests, a policy of mixed manners, noisy ratings, a reward model.
-
     One process does it before it joins the others, who wait in `join_world`. What comes out are ordinary files and Hugging
-    Face folders: from here on nothing but `true_scores` knows that they are a toy.
-    """
+    Face folders: from here on nothing but `true_scores` knows that they are a toy."""
     if os.path.exists(folder) or os.environ.get("RANK", "0") != "0":
         return
     say(f"building the toy world in {folder}, once: requests, a tiny policy of mixed manners, ratings, a reward model")
-    tmp, rng = f"{folder}.tmp", random.Random(0)
+    tmp, rng, _ = f"{folder}.tmp", random.Random(0), torch.manual_seed(0)
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(tmp)
-    torch.manual_seed(0)
     dump = lambda name, rows: write_text(f"{tmp}/{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    asked = {False: [], True: []}  # held out: two (verb, noun) pairs of each verb, in all their wordings
+    asked = {"heldout_prompts": [], "prompts": []}  # held out: two (verb, noun) pairs of each verb, in all their wordings
     for verb, (nouns, *_) in REQUESTS.items():
         for i, noun in enumerate(rng.sample(nouns, len(nouns))):
-            asked[i < 2] += [frame.format(verb, noun) for frame in FRAMES]
-    for name, prompts in (("prompts", asked[False]), ("heldout_prompts", asked[True])):
+            asked["heldout_prompts" if i < 2 else "prompts"] += [frame.format(verb, noun) for frame in FRAMES]
+    for name, prompts in asked.items():  # "prompts" comes last, and is what the rest is about
         dump(name, [{"prompt": p, "tag": "harmful" if toy_request(p)[0] else "benign"} for p in prompts])
-    demos = [(p, toy_answer(p, rng)) for p in asked[False] * 8]
-    with torch.enable_grad():
-        policy, tokenizer = toy_policy(demos, rng)
-    for part in (policy, tokenizer):
-        part.save_pretrained(f"{tmp}/policy")
-    # Rated are demonstrations, the policy's own samples, and text spoiled by a splice or a wrong word. Ratings of clean text alone
-    # give a head that the policy soon fools with word salad, of which the head was never shown any.
-    rated, prompts = demos[:2 * len(asked[False])], asked[False]
-    for p, a in demos[:2 * len(prompts)]:
+    demos = [(p, toy_answer(p, rng)) for p in prompts * 8]
+    policy, tokenizer = toy_policy(demos, rng)
+    policy.save_pretrained(f"{tmp}/policy"), tokenizer.save_pretrained(f"{tmp}/policy")
+    # Rated are demonstrations, the policy's own samples, and text spoiled by a splice or a wrong word: ratings of clean text
+    # alone give a head that the policy soon fools with word salad, of which the head was never shown any.
+    rated = demos[:2 * len(prompts)]
+    for p, a in list(rated):
         a, b = a.split(), rng.choice(demos)[1].split()
         i, j = rng.randrange(len(a)), rng.randrange(len(b))
         rated.append((p, " ".join(a[:i] + (b[j:] if rng.random() < 0.5 else [b[j]] + a[i + 1:]))))
@@ -388,20 +335,17 @@ def toy_world(folder="out/toy"):
         rated += zip(prompts, tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True))
     noisy = lambda s: None if rng.random() < 0.1 else round(min(1.0, max(0.0, rng.gauss(s, 0.1))), 2)
     dump("ratings", [{"prompt": p, "response": a, "scores": {k: noisy(s) for k, s in true_scores(p, a).items()}} for p, a in rated])
-    world = join_world(alone=True)
-    with torch.enable_grad():
-        train(Config(**{**TOY, "ratings": f"{tmp}/ratings.jsonl", "backbone": f"{tmp}/policy", "out_dir": f"{tmp}/reward_model"}), *world)
+    files = dict(ratings=f"{tmp}/ratings.jsonl", backbone=f"{tmp}/policy", out_dir=f"{tmp}/reward_model")
+    train(Config(**{**TOY, **files}), *join_world(alone=True))
     dist.destroy_process_group()
     os.rename(tmp, folder)
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 3. Ratings and the reward model
-
 def read_ratings(path, axes, scale):
     """Ratings file -> rows of (messages, response), labels_NK in [0, 1] with nan where not rated, the K axis names."""
-    lo, hi = map(float, scale.split(","))
+    rows, rated, (lo, hi) = [], [], map(float, scale.split(","))
     asked = [k.strip() for k in axes.split(",") if k.strip()]
-    rows, rated = [], []
     for where, r in read_jsonl(path):
         scores = r.get("scores", {k: r.get(k) for k in asked})  # a flat field named like an axis counts, too
         require(isinstance(scores, dict), f"{where}: \"scores\" must be an object such as {{\"safety\": 0.9}}")
@@ -417,16 +361,13 @@ def read_ratings(path, axes, scale):
 
 def is_held_out(messages, fraction, seed):
     """Split by a hash of the prompt: all answers to one prompt fall on one side, whatever the order of the file."""
-    digest = hashlib.blake2b(repr((seed, [m["content"] for m in messages])).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return int(hashlib.sha256(repr((seed, messages)).encode()).hexdigest()[:16], 16) < fraction * 2**64
 
 class RewardModel(nn.Module):
     """Backbone and one linear layer with K outputs: logits_BK, whose sigmoids are the scores.
-
     It is the library's own sequence classifier, which is just that (a decoder is read at its last real token, an encoder at
-    its usual place), so the folder we save loads anywhere and gives the same scores there.
-    """
-    def __init__(self, path, axes=None):
+    its usual place), so the folder we save loads anywhere and gives the same scores there."""
+    def __init__(self, path, axes=None, max_tokens=10**9):
         """`axes`: names for a fresh head on the backbone `path`; None: `path` is a reward model with named axes."""
         super().__init__()
         head = dict(num_labels=len(axes), id2label=dict(enumerate(axes)), label2id={k: i for i, k in enumerate(axes)},
@@ -435,50 +376,49 @@ class RewardModel(nn.Module):
         config = self.model.config
         config.problem_type = "multi_label_classification"  # makes the stock pipeline apply the sigmoid, too
         config.pad_token_id = config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        self.tokenizer.truncation_side = "left"
+        limits = [max_tokens, self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf)]
+        self.tokenizer.model_max_length = int(min(limits))  # a longer text loses its beginning, here and in the stock pipeline
+        self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         self.axes = [config.id2label[i] for i in range(config.num_labels)]
         require(not any(re.fullmatch(r"LABEL_\d+", k) for k in self.axes), f"{path}: its id2label does not name the axes of a reward model")
-
+    def encode(self, rows):
+        """(messages, response) rows -> lists of token ids."""
+        return [render(self.tokenizer, *row, truncation=True) for row in rows]
+    def batch(self, ids, device):
+        """Lists of token ids -> input_ids_BT and attention_mask_BT, padded on the right."""
+        return self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
     def forward(self, input_ids, attention_mask):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
-def batch_of(tokenizer, ids, device):
-    """Lists of token ids -> input_ids_BT and attention_mask_BT, padded on the right."""
-    width = max(1, *map(len, ids), 1)
-    pad = lambda rows, fill: torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
-    return dict(input_ids=pad(ids, tokenizer.pad_token_id), attention_mask=pad([[1] * len(row) for row in ids], 0))
-
-def score(model, rows, device, max_tokens=1024, batch_tokens=16384):
+def score(model, rows, device, batch_tokens=16384):
     """scores_NK in [0, 1] (float32, CPU) of (messages, response) rows, by a whole or `gathered` model.
-
-    Rows are sorted by length and cut into batches of `batch_tokens`: a batch of one length wastes nothing on padding.
-    """
-    ids = [render(model.tokenizer, *row)[-max_tokens:] for row in rows]
+    Rows are sorted by length and cut into batches of `batch_tokens`: a batch of one length wastes nothing on padding."""
+    ids = model.encode(rows)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # longest first: what does not fit in memory fails at once
     scores = torch.zeros(len(rows), len(model.axes))
     while order:
         n = max(1, batch_tokens // max(1, len(ids[order[0]])))
         batch, order = order[:n], order[n:]
         with torch.no_grad():
-            scores[batch] = model(**batch_of(model.tokenizer, [ids[i] for i in batch], device)).float().sigmoid().cpu()
+            scores[batch] = model(**model.batch([ids[i] for i in batch], device)).float().sigmoid().cpu()
     return scores
 
 def heldout_table(scores, labels, rows, axes):
     """How far to trust the head on prompts it never saw: axis -> numbers, over the rows that rate the axis.
-
     r2: share of the labels' variance explained; 0 is no better than guessing their mean. pairs: how often the better of two
-    answers to one prompt scores higher, which is all that GRPO ever asks of a reward.
-    """
+    answers to one prompt scores higher, which is all that GRPO ever asks of a reward."""
     table, answers = {}, {}
     for i, (messages, _) in enumerate(rows):
         answers.setdefault(repr(messages), []).append(i)
     for k, axis in enumerate(axes):
         s, y = (x[~labels[:, k].isnan(), k].double() for x in (scores, labels))
-        right = [((labels[i, k] - labels[j, k]) * (scores[i, k] - scores[j, k]) > 0).item() for same in answers.values()
-                 for n, i in enumerate(same) for j in same[:n] if (labels[i, k] - labels[j, k]).abs() > 0]
-        ds, dy = s - s.mean(), y - y.mean()
-        table[axis] = dict(n=len(y), label=y.mean().item(), score=s.mean().item(), r2=(1 - ((s - y)**2).sum() / (dy**2).sum()).item(),
-                           pearson=((ds * dy).sum() / (ds.norm() * dy.norm())).item(), pairs=sum(right) / len(right) if right else math.nan)
+        gaps = [((labels[i, k] - labels[j, k]).item(), (scores[i, k] - scores[j, k]).item())
+                for same in answers.values() for n, i in enumerate(same) for j in same[:n]]
+        right = [dy * ds > 0 for dy, ds in gaps if abs(dy) > 0]  # a gap to an unrated answer is nan and drops out
+        table[axis] = dict(n=len(y), label=y.mean().item(), score=s.mean().item(),
+                           r2=(1 - ((s - y)**2).sum() / ((y - y.mean())**2).sum()).item(),
+                           pearson=torch.corrcoef(torch.stack([s, y]))[0, 1].item(),
+                           pairs=sum(right) / len(right) if right else math.nan)
     return table
 
 def train(cfg, rank, world, device, dtype):
@@ -492,62 +432,53 @@ def train(cfg, rank, world, device, dtype):
         rows = [r for r, h in zip(rows, held) if not h]
         require(rows and held_rows, f"{cfg.ratings}: too few different prompts to hold some out; give --heldout_ratings")
     counts = (~labels.isnan()).sum(0)
-    say(f"reward model: {len(rows)} rated answers, {len(held_rows)} more held out; ratings of "
-        + ", ".join(f"{k} {n}" for k, n in zip(axes, counts.tolist())))
+    say(f"reward model: {len(rows)} rated answers ({', '.join(f'{k} {n}' for k, n in zip(axes, counts.tolist()))}), {len(held_rows)} held out")
     torch.manual_seed(cfg.seed)  # every process makes the same fresh head, and keeps its shard of it
-    model = shard(RewardModel(cfg.backbone, axes), device, dtype)
-    ids = [render(model.tokenizer, *row)[-cfg.max_tokens:] for row in rows]
+    model = shard(RewardModel(cfg.backbone, axes, cfg.max_tokens), device, dtype).train()
+    ids = model.encode(rows)
     # Axes weigh the same however few rows rate them: the rows of a rare axis count for more. A mean pooled over all labels
     # would let the densest axis decide. Counts are of the whole file, so a batch's loss is unbiased and needs no collective.
     weight_K = (len(rows) / (len(axes) * counts.clamp(min=1))).to(device)
     batch = min(cfg.batch_size, len(rows))
-    steps, step = cfg.epochs * (len(rows) // batch), 0
+    steps = cfg.epochs * (per_epoch := len(rows) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    bar = tqdm(total=steps, desc="training the reward model", disable=None if rank == 0 else True, leave=False)
-    for epoch in range(cfg.epochs):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch)).tolist()
-        for i in range(0, len(rows) - batch + 1, batch):
-            mine = order[i + rank:i + batch:world] or order[:1]  # a process without a row still takes part, at weight 0
-            share = world / batch * (rank < batch)               # world: FSDP averages gradients over processes
-            target = labels[mine].to(device)
-            predicted = model(**batch_of(model.tokenizer, [ids[j] for j in mine], device)).float().sigmoid()
-            error = torch.where(target.isnan(), 0.0, predicted - target.nan_to_num())
-            ((error**2 * weight_K).sum() * share).backward()
-            optimizer.param_groups[0]["lr"] = cfg.lr * min(1, 10 * (step + 1) / steps, (steps - step) / steps)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-    bar.close()
-    with gathered(model.eval()):
-        scores = collect(score(model, held_rows[rank::world], device, cfg.max_tokens).tolist())
-    table = heldout_table(torch.tensor(scores), held_labels, held_rows, axes)
-    if rank == 0:
-        fresh_folder(cfg.out_dir)
-        write_text(os.path.join(cfg.out_dir, "heldout.json"), json.dumps(table, indent=1))
+    for step in tqdm(range(steps), "training the reward model", disable=None if rank == 0 else True, leave=False):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch)).tolist()
+        mine = order[i * batch + rank:(i + 1) * batch:world] or order[:1]  # a process without a row takes part at weight 0
+        share = world / batch * (rank < batch)                             # world: FSDP averages gradients over processes
+        target = labels[mine].to(device)
+        error = model(**model.batch([ids[j] for j in mine], device)).float().sigmoid() - target.nan_to_num()
+        ((error.masked_fill(target.isnan(), 0.0)**2 * weight_K).sum() * share).backward()
+        optimizer.param_groups[0]["lr"] = cfg.lr * min(1, 10 * (step + 1) / steps, (steps - step) / steps)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    fresh_folder(cfg.out_dir) if rank == 0 else None
     save_folder(model.model, model.tokenizer, cfg.out_dir, torch.float32)
+    dist.barrier()
+    model = RewardModel(cfg.out_dir).to(device).eval()  # the table is about the folder as it was saved and loads
+    table = heldout_table(torch.tensor(collect(score(model, held_rows[rank::world], device).tolist())), held_labels, held_rows, axes)
+    write_text(os.path.join(cfg.out_dir, "heldout.json"), json.dumps(table, indent=1)) if rank == 0 else None
     return table
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 4. Main
-
 def main(cfg):
-    if "toy" in ([cfg.reward_model] if cfg.score else [cfg.ratings, cfg.backbone]):
-        toy_world()
     toy = lambda given, name: f"out/toy/{name}" if given == "toy" else given
-    cfg = dataclasses.replace(cfg, ratings=toy(cfg.ratings, "ratings.jsonl"), backbone=toy(cfg.backbone, "policy"))
+    toy_world() if "toy" in ([cfg.reward_model] if cfg.score else [cfg.ratings, cfg.backbone]) else None
     rank, world, device, dtype = join_world(cfg.dtype)
     if cfg.score:
         records = list(read_jsonl(cfg.score))
         rows = [conversation(where, r, answered=True) for where, r in records]
         model = RewardModel(toy(cfg.reward_model, "reward_model")).to(device).eval()
-        scores = collect(score(model, rows[rank::world], device, cfg.max_tokens).tolist())
+        scores = [dict(zip(model.axes, s)) for s in collect(score(model, rows[rank::world], device).tolist())]
         if rank == 0:
-            write_text(cfg.out, "".join(json.dumps({**r, "scores": dict(zip(model.axes, s))}, ensure_ascii=False) + "\n"
-                                        for (_, r), s in zip(records, scores)))
-        say(f"{len(rows)} scored in {cfg.out}; means: " + ", ".join(f"{k} {sum(c) / len(c):.3f}" for k, c in zip(model.axes, zip(*scores))))
+            write_text(cfg.out, "".join(json.dumps({**r, "scores": s}, ensure_ascii=False) + "\n" for (_, r), s in zip(records, scores)))
+        say(f"{len(rows)} scored in {cfg.out}; means: " + ", ".join(f"{k} {sum(s[k] for s in scores) / len(rows):.3f}" for k in model.axes))
     else:
+        cfg = dataclasses.replace(cfg, ratings=toy(cfg.ratings, "ratings.jsonl"), backbone=toy(cfg.backbone, "policy"))
         table = train(cfg, rank, world, device, dtype)
         say(f"\n{'held out':<18}" + "".join(f"{name:>9}" for name in next(iter(table.values()))))
         for axis, row in table.items():
@@ -555,16 +486,12 @@ def main(cfg):
         say(f"\nsaved in {cfg.out_dir}, a Hugging Face sequence-classification folder")
 
 def run(main, cfg):
-    """Call `main`; a full disk or an unwritable folder is one line, too.
-
-    Processes leave together and at once: in destroy_process_group, or at a normal exit, gloo's threads abort every few runs
-    ("terminate called without an active exception", torch 2.13), and torchrun would call a finished run failed.
-    """
+    """Call `main` and leave; a full disk or an unwritable folder is one line, too."""
     try:
         main(cfg)
         dist.barrier()
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(0)  # at a normal exit gloo's threads now and then abort a finished process (torch 2.13)
     except (OSError, SafetensorError) as e:
         die(f"{getattr(e, 'filename', None) or 'writing files'}: {getattr(e, 'strerror', None) or e}")
 

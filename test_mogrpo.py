@@ -102,7 +102,7 @@ def test_greedy_equals_generate(kind, tmp_path, world):
     path = folder_of(tmp_path, kind)
     policy, stock = policy_of(path), transformers.AutoModelForCausalLM.from_pretrained(path)
     mogrpo.check_support(policy, torch.device("cpu"), torch.float32)
-    with rm.gathered(policy):
+    with mogrpo.gathered(policy):
         ours, _ = mogrpo.sample(policy, PROMPTS, torch.full((6, 20), -1.0, dtype=torch.float64), 1.0, torch.device("cpu"))
     for i, p in enumerate(PROMPTS):
         expected = stock.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), do_sample=False,
@@ -113,7 +113,7 @@ def test_greedy_equals_generate(kind, tmp_path, world):
 def test_sampled_equals_rescored(kind, tmp_path, world):
     policy = policy_of(folder_of(tmp_path, kind, tied=False))
     u = mogrpo.uniforms([(0, p, g) for p in range(3) for g in range(4)], 24)
-    with rm.gathered(policy):
+    with mogrpo.gathered(policy):
         responses, sampled = mogrpo.sample(policy, PROMPTS, u, 0.8, torch.device("cpu"))
     groups = [(p, responses[4 * i:4 * i + 4]) for i, p in enumerate(PROMPTS)]
     scored = mogrpo.logp(policy, groups, 0.8, torch.device("cpu"))
@@ -123,7 +123,7 @@ def test_sampled_equals_rescored(kind, tmp_path, world):
 def test_sample_does_not_depend_on_its_batch(tmp_path, world):
     policy = policy_of(folder_of(tmp_path))
     keys = [(7, p, g) for p in range(3) for g in range(4)]
-    with rm.gathered(policy):
+    with mogrpo.gathered(policy):
         together, _ = mogrpo.sample(policy, PROMPTS, mogrpo.uniforms(keys, 24), 1.0, torch.device("cpu"))
         alone = [mogrpo.sample(policy, [PROMPTS[k[1]]], mogrpo.uniforms([k], 24), 1.0, torch.device("cpu"))[0][0] for k in keys]
     assert together == alone and len(set(map(tuple, together))) == 12
@@ -154,7 +154,7 @@ def test_rollout_calls_no_collective(tmp_path):
     policy, counts = policy_of(folder_of(tmp_path)), []
     policy.eos = [63]
     for n in (8, 64):
-        with Collectives() as mode, rm.gathered(policy):
+        with Collectives() as mode, mogrpo.gathered(policy):
             mogrpo.sample(policy, PROMPTS, mogrpo.uniforms([(0,), (1,), (2,)], n), 1.0, torch.device("cpu"))
         counts.append(mode.n)
     dist.destroy_process_group()
@@ -365,7 +365,7 @@ def test_unrated_rows_change_nothing_and_rare_axes_weigh_the_same(tmp_path, worl
     model = rm.RewardModel(backbone, ["early", "late"])
     rows, labels, _ = rm.read_ratings(sparse, "", "0,1")
     error = 0.0
-    predicted = model(**rm.batch_of(model.tokenizer, [rm.render(model.tokenizer, *r) for r in rows], "cpu")).sigmoid()
+    predicted = model(**model.batch(model.encode(rows), "cpu")).sigmoid()
     for k in range(2):
         rated = [i for i in range(240) if not math.isnan(labels[i, k])]
         assert len(rated) == (240, 4)[k]
