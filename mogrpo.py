@@ -434,6 +434,16 @@ def load_prompts(path, tokenizer, limit):
         say(f"warning: {len(prompts) - len(kept)} of {len(prompts)} prompts in {path} are longer than {limit} tokens: skipped")
     return kept
 
+def kept_lines(path, step):
+    """The lines of a log up to `step`; later ones will be made again, and a run killed while writing leaves half a line."""
+    def keep(line):
+        try:
+            return json.loads(line)["step"] <= step
+        except ValueError:
+            return False
+    with open(path, encoding="utf-8") as f:
+        return "".join(filter(keep, f))
+
 def group_metrics(scores_PGK, rewards_PG, axes, std_floor, device):
     """What the reward model saw this step, as means over all groups of all processes.
 
@@ -471,6 +481,7 @@ def main(cfg):
     for k in weight_of:
         require(k in axes, f"--weights: the reward model has no axis {k}; it has {', '.join(axes)}")
     weights_K = torch.tensor([weight_of.get(k, 1.0) for k in axes])
+    require(weights_K.sum() > 0, f"--weights={cfg.weights}: every axis weighs 0, so nothing would be learned")
 
     # 3. Prompts, and those held out: never trained on
     prompts = load_prompts(place(cfg.prompts, "prompts.jsonl"), policy.tokenizer, cfg.max_prompt_tokens)
@@ -496,9 +507,8 @@ def main(cfg):
             say(f"no checkpoint in {cfg.out_dir}: starting from the beginning") if cfg.resume else None
             fresh_folder(cfg.out_dir)
         write_text(path("config.json"), json.dumps(asdict(cfg), indent=1))
-        for name in ("metrics.jsonl", "samples.jsonl"):  # rows of steps after the checkpoint will be made again
-            kept = [r for _, r in read_jsonl(path(name)) if r["step"] <= state["step"]] if found else []
-            write_text(path(name), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            write_text(path(name), kept_lines(path(name), state["step"]) if found else "")
 
     def log(name, new):
         if rank == 0:
@@ -550,8 +560,8 @@ def main(cfg):
         # 6. Advantages; the loss weight of each token, from the size of the whole step over all processes
         scores_PGK = torch.stack([g["scores_GK"] for g in groups])
         rewards_PG, advantages_PG = advantages(scores_PGK, weights_K, cfg.std_floor)
-        for g, g["advantages_G"] in zip(groups, advantages_PG):
-            pass
+        for g, advantages_G in zip(groups, advantages_PG):
+            g["advantages_G"] = advantages_G
         batches = micro_batches(groups, cfg.micro_tokens)
         lengths = [len(r) for g in groups for r in g["responses"]]
         responses, tokens, ended = total([len(lengths), sum(lengths), sum(sum(g["ended"]) for g in groups)], device)
@@ -573,7 +583,7 @@ def main(cfg):
                         ref = logp(reference, b["rows"], cfg.temperature, device) if reference else old
                     weight, advantage, gap = b["weight"].to(new), b["advantage"].to(new), old - b["sampled"].to(new)
                     # Truncated importance weight: the sampler's rounding differs from the trainer's; above 2 it is cut
-                    b = b.update(old=old, ref=ref, weight=weight, advantage=advantage * gap.exp().clamp(max=2.0)) or b
+                    b.update(old=old, ref=ref, weight=weight, advantage=advantage * gap.exp().clamp(max=2.0))
                     sums[3:] += torch.stack([(gap.abs() * (weight != 0)).sum(), -(old * (weight != 0)).sum()])
                 loss, kl, clipped = objective(new, b["old"], b["ref"], b["advantage"], b["weight"], cfg)
                 (loss * world).backward()  # FSDP averages gradients over processes, but the weights sum to 1 over them all

@@ -501,7 +501,7 @@ def test_resume_is_exact_after_a_stop_at_any_step(toy, monkeypatch):
         assert not os.path.exists(f"out/cut{stop_after}/policy") and len(calls) == stop_after
         monkeypatch.setattr(mogrpo, "group_metrics", real)
         with open(f"out/cut{stop_after}/metrics.jsonl", "a") as f:
-            f.write(json.dumps({"step": 99, "loss": 0}) + "\n")  # a later step that a killed run had logged, but not saved
+            f.write(json.dumps({"step": 99, "loss": 0}) + "\n" + '{"step": 1')  # a killed run: steps logged but not saved, half a line
         run_main(mogrpo, *common, out, "--resume")
         assert without_time(rows_of(f"out/cut{stop_after}/metrics.jsonl")) == without_time(rows_of("out/whole/metrics.jsonl"))
         assert rows_of(f"out/cut{stop_after}/samples.jsonl") == rows_of("out/whole/samples.jsonl")
@@ -585,7 +585,7 @@ def bench(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, parts", [
     (["--group_size=1"], ["--group_size=1", "at least 2"]), (["--group_size=-3"], ["--group_size=-3"]), (["--lr=fast"], ["--lr", "fast"]),
     (["--lr=nan"], ["--lr=nan"]), (["--steps=2.5"], ["--steps", "2.5"]), (["--grup_size=4"], ["--grup_size=4"]), (["stray"], ["stray"]),
-    (["--weights=good=nan"], ["--weights", "good=nan"]), (["--weights=nice=1"], ["nice", "good, kind"]), (["--weights=good"], ["--weights"]),
+    (["--weights=good=nan"], ["--weights", "good=nan"]), (["--weights=nice=1"], ["nice", "good, kind"]), (["--weights=good"], ["--weights"]), (["--weights=good=0,kind=0"], ["--weights", "0"]),
     (["--combine=product"], ["--combine=product", "sum"]), (["--loss_norm=x"], ["--loss_norm=x", "sequence"]), (["--resume=maybe"], ["--resume"]),
     (["--prompts=none.jsonl"], ["none.jsonl", "No such file"]), (["--policy=no/where/here"], ["no/where/here"]), (["--reward_model=policy"], ["policy", "id2label"]),
     (["--prompts_per_step=13"], ["prompts_per_step=13"]), (["--max_prompt_tokens=2"], ["0 prompts"]), (["--temperature=0"], ["--temperature=0"])])
