@@ -473,7 +473,10 @@ def main(cfg):
     policy = shard(Policy(place(cfg.policy, "policy")), device, dtype)
     reference = None
     if cfg.beta:
-        reference = shard(Policy(place(cfg.policy, "policy")).to(dtype).requires_grad_(False), device, dtype)
+        reference = Policy(place(cfg.policy, "policy")).requires_grad_(False)
+        for p in reference.parameters():  # not reference.to(dtype): that would round the rotary frequencies as well
+            p.data = p.data.to(dtype)
+        shard(reference, device, dtype)
     reward_model = shard(RewardModel(place(cfg.reward_model, "reward_model")).eval().requires_grad_(False), device, dtype)
     check_support(policy, device, dtype)
     axes = reward_model.axes

@@ -79,7 +79,7 @@ def say(message):
 
 def is_number(x):
     """Is x a finite number, or a string that spells one? (True, NaN and Infinity are not.)"""
-    return re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", str(x), re.I) is not None
+    return re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", str(x), re.I) is not None and math.isfinite(float(x))
 
 def parse(cls, argv, doc, toy):
     """`--key=value` or `--key value` for the fields of dataclass `cls` -> an instance; anything else is one error line.
