@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from mogrpo import Policy, load_prompts, rollout
-from reward_model import (DTYPES, RewardModel, collect, fresh_folder, join_world, parse, require, run, say, shard, toy_world,
-                          true_scores, write_text)
+from mogrpo import Policy, load_prompts, rollout, toy_world
+from reward_model import (DTYPES, RewardModel, collect, fresh_folder, join_world, parse, require, run, say, shard, true_scores,
+                          write_text)
 
 @dataclass
 class Config:
@@ -28,7 +28,7 @@ class Config:
     prompts: str = "toy"          # held-out prompts, JSONL; an optional "tag" splits the table; toy: the held-out toy requests
     out_dir: str = "out/eval"     # eval.json and samples.jsonl; an earlier folder there is renamed, not overwritten
     samples: int = 4              # answers a prompt; more narrow the interval only as far as prompts agree
-    batch_prompts: int = 32       # prompts answered at once, over all processes; bounds the memory of the cache
+    sample_rows: int = 256        # answers that a process decodes at once; bounds the key-value cache
     max_prompt_tokens: int = 512  # longer prompts are skipped and counted
     max_new_tokens: int = 512     # answers are cut here
     temperature: float = 1.0      # of sampling; 0 takes the likeliest token every time
@@ -36,7 +36,7 @@ class Config:
     seed: int = 0                 # of the random numbers that all policies share
 
     def __post_init__(self):
-        for name in ("samples", "batch_prompts", "max_prompt_tokens", "max_new_tokens"):
+        for name in ("samples", "sample_rows", "max_prompt_tokens", "max_new_tokens"):
             require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
         require(self.temperature >= 0, f"--temperature={self.temperature}: must not be negative")
         require(self.dtype in DTYPES, f"--dtype={self.dtype}: expected one of {', '.join(DTYPES)}")
@@ -73,8 +73,8 @@ def answer(path, file, reward_model, cfg, rank, world, device, dtype):
     prompts = load_prompts(file, policy.tokenizer, cfg.max_prompt_tokens)  # by each policy's own tokenizer and chat template
     require(prompts, f"{file}: no prompt is short enough for --max_prompt_tokens={cfg.max_prompt_tokens}")
     mine = prompts[rank::world]
-    groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.samples,
-                         -(-cfg.batch_prompts // world) * cfg.samples, cfg, device)
+    groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.samples, cfg,
+                         device)
     return collect([{**{k: g[k] for k in ("index", "messages", "tag", "text", "ended")}, "scores": g["scores_GK"].tolist(),
                      "tokens": [len(r) for r in g["responses"]]} for g in groups])
 

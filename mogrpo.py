@@ -13,32 +13,41 @@ For each prompt q the policy pi samples a group of G responses o_1..o_G; a rewar
 Source: arXiv 2503.21819 (the system), 2402.03300 (GRPO). Departures: the paper does not publish its hyperparameters, so all
 defaults are our own choice; the standard deviation is floored, since a learned reward is noise below some spread; the
 sampler's own rounding error is measured and corrected by a truncated importance weight (Yao et al. 2025, "Your efficient RL
-framework secretly brings you off-policy RL training"). Left out: a separate inference engine, several minibatches a rollout, tools and multi-turn rollouts.
+framework secretly brings you off-policy RL training"). Left out: a separate inference engine, several minibatches a rollout,
+tools and multi-turn rollouts.
 
     torchrun mogrpo.py                                  # laptop: builds a toy world, aligns a toy policy, a minute
     torchrun mogrpo.py --policy=Qwen/Qwen2.5-0.5B-Instruct --reward_model=out/rm --prompts=prompts.jsonl       # one GPU
-    torchrun --nproc_per_node=8 mogrpo.py --policy=Qwen/Qwen2.5-7B-Instruct --reward_model=out/rm --prompts=prompts.jsonl
+    torchrun --nproc_per_node=8 mogrpo.py --policy=Qwen/Qwen2.5-14B-Instruct --reward_model=out/rm --prompts=prompts.jsonl
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 mogrpo.py ...        # on both nodes
+    python mogrpo.py --policy=Qwen/Qwen2.5-14B-Instruct --dry_run=8      # what it would take of each of 8 GPUs, without one
     torchrun mogrpo.py --resume                         # goes on where the last run stopped, on any number of processes
 
 Reading order: Config -> Policy -> sampling -> advantages -> objective -> checkpoints -> main, the loop. The reward model, the
 toy world and what the scripts share are in reward_model.py.
 """
-import json, math, os, resource, shutil, signal, sys, time
+import json, math, os, random, resource, shutil, signal, sys, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from hashlib import blake2b
 
-from reward_model import (DTYPES, RewardModel, collect, conversation, die, fresh_folder, is_held_out, is_number, join_world, load,
-                          parse, read_jsonl, render, require, run, save_folder, say, score, shard, toy_world, true_scores,
-                          write_text)
+import reward_model as rm
+from reward_model import (DTYPES, FRAMES, REQUESTS, RewardModel, blocks, collect, conversation, die, fresh_folder, is_held_out, is_number,
+                          join_world, load, parse, read_jsonl, render, require, run, save_folder, say, score, shard, toy_answer, toy_chats,
+                          toy_policy, toy_request, true_scores, write_text)
 import torch
-import torch.distributed as dist, torch.nn as nn
-from safetensors import SafetensorError, safe_open
+import torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, GenerationConfig
 
 @dataclass
 class Config:
@@ -61,6 +70,7 @@ class Config:
     prompts_per_step: int = 32    # prompts of one optimizer step, over all processes
     max_prompt_tokens: int = 512  # longer prompts are skipped and counted
     max_new_tokens: int = 512     # responses are cut here
+    sample_rows: int = 256        # responses that a process decodes at once; bounds the key-value cache
     temperature: float = 1.0      # of sampling and of scoring alike; there is no top-k or top-p: they would bias rho
     # optimization
     steps: int = 500              # optimizer steps = rollouts (times --epochs)
@@ -69,19 +79,25 @@ class Config:
     epochs: int = 1               # optimizer steps on each rollout; above 1 the clipping starts to matter
     grad_clip: float = 1.0        # largest gradient norm
     micro_tokens: int = 16384     # tokens of one forward and backward, padding included; bounds activation memory
+    recompute: bool = True        # keep the blocks' inputs only and run them again in the backward pass: 1/3 more work
+    lora_rank: int = 0            # train low-rank adapters of this rank instead of all weights (they want about 20 times the lr)
+    lora_alpha: float = 32.0      # adapters are scaled by alpha / rank
     dtype: str = "auto"           # bfloat16 | float32 compute; auto: bfloat16 on GPU. Master weights stay float32
+    hsdp: bool = True             # on several nodes shard inside a node and replicate across; False: over all, less memory
     # running
     eval_interval: int = 0        # evaluate on held-out prompts every so many steps; first and last always
     eval_samples: int = 4         # responses a held-out prompt
     save_interval: int = 50       # checkpoint every so many steps (and at the end, and on SIGTERM or Ctrl-C); 0: never
     resume: bool = False          # continue from out_dir/checkpoint
     seed: int = 0                 # order of prompts and every sampled token
+    dry_run: int = 0              # do not train: print the memory that this many GPUs would need each, from config.json alone
+    gpu_gb: float = 80.0          # memory of one of them in GiB
 
     def __post_init__(self):
-        for name in "prompts_per_step max_prompt_tokens max_new_tokens temperature steps lr epochs grad_clip micro_tokens \
-                     eval_samples std_floor".split():
+        for name in "prompts_per_step max_prompt_tokens max_new_tokens sample_rows temperature steps lr epochs grad_clip \
+                     micro_tokens eval_samples std_floor lora_alpha gpu_gb".split():
             require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
-        for name in "beta clip_low clip_high warmup eval_interval save_interval".split():
+        for name in "beta clip_low clip_high warmup eval_interval save_interval lora_rank dry_run".split():
             require(getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative")
         require(self.group_size >= 2, f"--group_size={self.group_size}: a group of one is its own mean and teaches nothing; "
                                       "take at least 2")
@@ -91,11 +107,12 @@ class Config:
         for pair in filter(None, self.weights.split(",")):
             require(is_number(pair.partition("=")[2]) and float(pair.partition("=")[2]) >= 0,
                     f"--weights: {pair}: expected axis=weight with a weight of at least 0")
-        require(self.policy == "toy" or "toy" not in (self.reward_model, self.prompts),
+        require(self.policy == "toy" or self.dry_run or "toy" not in (self.reward_model, self.prompts),
                 "with --policy, give --reward_model and --prompts, too")
 
 
-TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=8e-4, beta=0.08)  # defaults while --policy=toy
+TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=8e-4, beta=0.08, recompute=False)  # defaults while --policy=toy
+CHUNK_LOGITS = 2**26  # logits that exist at a time when responses are scored: 256 MB in float32
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The policy
@@ -103,11 +120,15 @@ TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=8e-4, beta=0.08)
 class Policy(nn.Module):
     """A causal language model with two ways through one forward, so that FSDP's hooks gather its weights for both."""
 
-    def __init__(self, path):
+    def __init__(self, path, lora_rank=0, lora_alpha=0.0):
         super().__init__()
         self.lm, self.tokenizer = load(AutoModelForCausalLM, path)
         self.lm.eval()  # dropout would make rho differ from 1
-        self.saved_dtype = AutoConfig.from_pretrained(path).dtype or torch.float32
+        if os.path.exists(f"{self.lm.folder}/generation_config.json"):
+            self.lm.generation_config = GenerationConfig.from_pretrained(self.lm.folder)  # may name several end tokens
+        self.adapted = lora_rank > 0
+        if lora_rank:
+            add_lora(self, lora_rank, lora_alpha)
         ends = [self.tokenizer.eos_token_id]
         for config in (self.lm.generation_config, self.lm.config):
             eos = getattr(config, "eos_token_id", None)
@@ -128,7 +149,7 @@ class Policy(nn.Module):
         `positions_N` are flat indices into [B * T] whose hidden states predict `targets_N`. The N x V logits never exist:
         they are made `chunk` rows at a time, and made again in the backward pass. At V = 150,000 the whole of 16,384
         positions would be 10 GB in float32, and its gradient as much; the price is the head's matmul once more."""
-        hidden = self.lm.base_model(input_ids=input_ids, **cache).last_hidden_state
+        hidden = self.lm.base_model(input_ids=input_ids, use_cache=bool(cache), **cache).last_hidden_state
         if targets is None:
             return self.logits(hidden[:, -1], temperature)
 
@@ -136,9 +157,39 @@ class Policy(nn.Module):
             logits = self.logits(h, temperature)
             return logits.gather(-1, t[:, None]).squeeze(-1) - logits.logsumexp(-1)
         hidden = hidden.flatten(0, 1)[positions]
-        chunk = chunk or max(16, 2**26 // self.lm.config.get_text_config().vocab_size)  # 256 MB of float32 logits
+        chunk = chunk or max(16, CHUNK_LOGITS // self.lm.config.get_text_config().vocab_size)
         return torch.cat([checkpoint(logp_of, h, t, use_reentrant=False, preserve_rng_state=False)
                           for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+
+def add_lora(policy, rank, alpha):
+    """LoRA (2106.09685) on all linear layers of the blocks: W x becomes W x + (alpha / rank) B A x, of which A and B are trained.
+
+    W is frozen, so it needs neither float32 copy, gradient nor moments, and with `policy.adapted = False` the same weights
+    are the reference. B starts at 0: the first step begins exactly at the reference."""
+    policy.requires_grad_(False)
+    linears = [m for m in blocks(policy).modules() if isinstance(m, nn.Linear)]
+    require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear to adapt")
+    for m in linears:
+        m.lora_A = nn.Parameter(torch.empty(rank, m.in_features, device="meta"))
+        m.lora_B = nn.Parameter(torch.empty(m.out_features, rank, device="meta"))
+        m.lora_scale = alpha / rank
+        m.forward = partial(lora_forward, policy, m)
+
+def lora_forward(policy, m, x):
+    y = nn.functional.linear(x, m.weight, m.bias)
+    return y + nn.functional.linear(x @ m.lora_A.T, m.lora_B) * m.lora_scale if policy.adapted else y
+
+def save_adapter(policy, path, base):
+    """Write the adapter alone, in PEFT's format: `peft.PeftModel.from_pretrained(base_model, path)` loads it."""
+    whole = {f"base_model.model.{n.removeprefix('lm.')}.weight": p.full_tensor().cpu() for n, p in policy.named_parameters() if "lora_" in n}
+    layers = {n: m for n, m in policy.lm.named_modules() if hasattr(m, "lora_A")}
+    rank, scale = next((m.lora_A.shape[0], m.lora_scale) for m in layers.values())
+    if dist.get_rank() == 0:
+        os.makedirs(path, exist_ok=True)
+        save_file(whole, f"{path}/adapter_model.safetensors", metadata={"format": "pt"})
+        write_text(f"{path}/adapter_config.json", json.dumps(dict(
+            peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=rank * scale, lora_dropout=0.0,
+            bias="none", target_modules=sorted({n.rpartition(".")[2] for n in layers}), inference_mode=True), indent=1))
 
 def logp(policy, groups, temperature, device, chunk=None):
     """Log-probs of all response tokens of `groups`, [(prompt_ids, [response_ids, ...]), ...] -> logp_N, one flat vector.
@@ -224,8 +275,7 @@ def sample(policy, prompts, u_BT, temperature, device):
         row[:width - len(p)] = 0
     place_PL = (mask_BT[:, :width].cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=policy.lm.config)
-    logits = policy(ids_PL, temperature, attention_mask=mask_BT[:, :width], position_ids=place_PL,
-                    past_key_values=cache, use_cache=True)
+    logits = policy(ids_PL, temperature, attention_mask=mask_BT[:, :width], position_ids=place_PL, past_key_values=cache)
     # Its cache is then shared out to the G responses of the group.
     cache.batch_repeat_interleave(B // P)
     logits, mask_BT, place_B = (x.repeat_interleave(B // P, 0) for x in (logits, mask_BT, place_PL[:, -1]))
@@ -249,18 +299,18 @@ def sample(policy, prompts, u_BT, temperature, device):
                 alive, done, token, mask_BT, place_B = (x[keep] for x in (alive, done, token, mask_BT, place_B))
         place_B = place_B + 1
         logits = policy(token[:, None], temperature, attention_mask=mask_BT[:, :width + t + 1], position_ids=place_B[:, None],
-                        past_key_values=cache, use_cache=True)
+                        past_key_values=cache)
     tokens, ended = tokens_BT.cpu(), torch.isin(tokens_BT, ends).cpu()
     lengths = [int(e.int().argmax()) + 1 if e.any() else T for e in ended]
     return [row[:n].tolist() for row, n in zip(tokens, lengths)], [row[:n] for row, n in zip(logp_BT.cpu(), lengths)]
 
-def rollout(policy, reward_model, prompts, keys, samples, rows_at_once, cfg, device):
+def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
     """Sample and score `samples` responses to each prompt -> a list of group dicts; every process its own prompts.
 
     `prompts`: dicts with messages and ids; `keys`: one a prompt, for `uniforms`. Each group gets `responses` (ids), `sampled`
     (their log-probs), `text`, `scores_GK` and `ended`; also the seconds spent sampling and scoring."""
     groups, start = [], time.perf_counter()
-    at_once = max(1, rows_at_once // samples)
+    at_once = max(1, cfg.sample_rows // samples)
     with gathered(policy):
         for i in range(0, len(prompts), at_once):
             part = prompts[i:i + at_once]
@@ -344,37 +394,33 @@ def micro_batches(groups, budget):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Checkpoints: what a resumed run needs, in files that hold nothing executable
 
-def shard_rows(n, world, rank):
-    """Rows [first, last) of an n-row weight that FSDP keeps on `rank` of `world`: chunks of ceil(n / world)."""
-    size = -(-n // world)
-    return min(size * rank, n), min(size * (rank + 1), n)
-
-def fsync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+def trained_tensors(policy, optimizer):
+    """What training changes: trainable weights and their AdamW moments, by name; moments that are still to come are made as 0."""
+    state = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    for name, p in list(state.items()):
+        moments = optimizer.state[p]
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state[f"{name}.{kind}"] = moments.setdefault(kind, torch.zeros_like(p))
+        moments.setdefault("step", torch.tensor(0.0))
+    return state
 
 def save_checkpoint(folder, policy, optimizer, state):
     """Every process writes its shard of weights and AdamW moments; then the folder appears at once, whole or not at all.
 
     No random state is among it: prompts and samples are functions of (seed, step), so `state["step"]` is the cursor."""
-    rank, world, tmp = dist.get_rank(), dist.get_world_size(), f"{folder}.tmp"
+    rank, tmp, size, place = dist.get_rank(), f"{folder}.tmp", 0, {}
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
         os.makedirs(tmp)
     dist.barrier()
-    tensors = {}
-    for name, p in policy.named_parameters():
-        tensors[name] = p.to_local()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if p in optimizer.state:
-                tensors[f"{name}.{moment}"] = optimizer.state[p][moment].to_local()
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, f"{tmp}/shard-{rank}.safetensors")
-    fsync(f"{tmp}/shard-{rank}.safetensors")
-    dist.barrier()
+    parts = trained_tensors(policy, optimizer)
+    for name, t in parts.items():  # a file is made in memory before it is written: a GB of each process at a time
+        size += t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes
+        place[name] = 1 + size // 2**30
+    dcp.save({n: t.detach() for n, t in parts.items()}, storage_writer=HuggingFaceStorageWriter(tmp, place, save_distributed=True))
     if rank == 0:
-        write_text(f"{tmp}/state.json", json.dumps({**state, "world": world}))
-        fsync(tmp)
+        files = {f: os.path.getsize(f"{tmp}/{f}") for f in os.listdir(tmp)}
+        write_text(f"{tmp}/state.json", json.dumps({**state, "files": files}))
         if os.path.exists(folder):
             shutil.rmtree(f"{folder}.old", ignore_errors=True)
             os.rename(folder, f"{folder}.old")
@@ -388,34 +434,129 @@ def find_checkpoint(folder):
 
 def load_checkpoint(folder, policy, optimizer):
     """Fill policy and optimizer from `folder`, written by any number of processes -> its state dict."""
-    rank, world = dist.get_rank(), dist.get_world_size()
     try:
         with open(f"{folder}/state.json") as f:
             state = json.load(f)
-        files = [safe_open(f"{folder}/shard-{r}.safetensors", "pt") for r in range(state["world"])]
-        def rows(name, p):  # our rows of a weight, out of the slices of the old processes' files
-            (first, last), parts = shard_rows(p.shape[0], world, rank), []
-            for r, file in enumerate(files):
-                lo, hi = shard_rows(p.shape[0], len(files), r)
-                if max(first, lo) < min(last, hi):
-                    parts.append(file.get_slice(name)[max(first, lo) - lo:min(last, hi) - lo])
-            local = p.to_local()
-            new = torch.cat(parts) if parts else local.detach().cpu()
-            require(new.shape == local.shape, f"{folder}: {name} has another shape than in --policy")
-            return new.to(local)
-        with torch.no_grad():
-            for name, p in policy.named_parameters():
-                p.to_local().copy_(rows(name, p))
-                if state["updates"]:
-                    wrap = lambda t: type(p.data).from_local(t, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-                    optimizer.state[p] = {"step": torch.tensor(float(state["updates"])),
-                                          **{m: wrap(rows(f"{name}.{m}", p)) for m in ("exp_avg", "exp_avg_sq")}}
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
-        die(f"{folder}: the checkpoint is damaged or of another model: {e}")
+        for name, size in state.pop("files").items():  # a file that is missing would leave its rows unread, and nobody would know
+            require(os.path.exists(f"{folder}/{name}") and os.path.getsize(f"{folder}/{name}") == size, f"{folder}: damaged: {name} is cut or missing")
+        dcp.load(trained_tensors(policy, optimizer), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
+        for moments in optimizer.state.values():
+            moments["step"].fill_(state["updates"])
+    except (OSError, ValueError, KeyError, SafetensorError, dcp.CheckpointException) as e:
+        die(f"{folder}: the checkpoint is damaged or of another model: {str(e).strip().splitlines()[-1]}")
     return state
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The loop
+# 6. Memory, planned from config.json alone
+
+@lru_cache
+def model_sizes(path, auto_class, row, dtype):
+    """What the plan needs of a model, from its config.json alone: parameters (all, one block's, those outside the blocks, inputs
+    plus outputs of the blocks' linear layers); bytes a token that one block saves for its backward pass, on rows of `row` tokens.
+
+    The model is made, and run once, of fake tensors: they have shapes but no memory, so its activations are counted, not guessed."""
+    saved = {}
+    def keep(t):
+        saved[t.untyped_storage()._cdata] = t
+        return t
+    with FakeTensorMode():
+        try:
+            model = auto_class.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        except (OSError, ValueError, KeyError) as e:
+            die(f"--dry_run: {path}: no model could be planned from its config: {e}")
+        with saved_tensors_hooks(keep, lambda t: t):
+            model.base_model(input_ids=torch.zeros(1, row, dtype=torch.long), **({"use_cache": False} if model.can_generate() else {}))
+    weights, stack = {p.untyped_storage()._cdata: p.numel() for p in model.parameters()}, blocks(model)
+    whole, inside = sum(weights.values()), sum(p.numel() for p in stack.parameters())
+    activations = sum(t.untyped_storage().nbytes() for k, t in saved.items() if k not in weights)
+    return dict(text=model.config.get_text_config(), depth=len(stack), all=whole, block=inside // len(stack), outside=whole - inside,
+                linears=sum(m.in_features + m.out_features for m in stack.modules() if isinstance(m, nn.Linear)),
+                activations=activations / len(stack) / row)
+
+def memory_plan(cfg, gpus):
+    """GiB that each of `gpus` GPUs needs -> {purpose: (while sampling, while updating)}. Weights, moments, cache and activations
+    are counted; buffers of FSDP and of the logits are upper bounds by hand, and a GiB goes to the driver. 8 GPUs make a node."""
+    s = 8 if cfg.hsdp and gpus > 8 and gpus % 8 == 0 else gpus  # processes that share one copy
+    dtype, row = DTYPES[cfg.dtype] or torch.bfloat16, cfg.max_prompt_tokens + cfg.max_new_tokens
+    m, e = model_sizes(cfg.policy, AutoModelForCausalLM, row, dtype), dtype.itemsize
+    judge = 0 if cfg.reward_model == "toy" else model_sizes(cfg.reward_model, AutoModelForSequenceClassification, row, dtype)["all"]
+    lora, full = cfg.lora_rank * m["linears"], cfg.lora_rank == 0
+    trained = m["all"] if full else lora
+    rows = min(-(-cfg.prompts_per_step // gpus), max(1, cfg.sample_rows // cfg.group_size)) * cfg.group_size
+    head = getattr(m["text"], "head_dim", None) or m["text"].hidden_size // m["text"].num_attention_heads
+    cache = rows * row * m["depth"] * 2 * head * (getattr(m["text"], "num_key_value_heads", None) or m["text"].num_attention_heads) * e
+    tokens = max(row, cfg.micro_tokens // row * row)
+    kept = tokens * (e * m["text"].hidden_size * m["depth"] + m["activations"] if cfg.recompute else m["activations"] * m["depth"])
+    logits = min(CHUNK_LOGITS, tokens * cfg.max_new_tokens // row * m["text"].vocab_size)
+    table = {"weights, this GPU's shard": ((4 * trained + e * m["all"] * (not full)) / s,) * 2,
+             "AdamW moments": (8 * trained / s,) * 2, "gradients": (0, 4 * trained / s),
+             "reference": (e * m["all"] / s * (full and cfg.beta > 0),) * 2, "reward model": (e * judge / s,) * 2,
+             "gathered weights": (e * max(m["all"] + lora, judge), e * (m["outside"] + 3 * m["block"])),  # root, block, next, buffer
+             "gradients in flight": (0, full * (e * m["outside"] + (e + 8) * m["block"])),  # two reductions at once, in float32
+             "key-value cache": (cache * (1 + 0.5 / m["depth"]), 0),                        # one layer's keys are copied at a time
+             "activations": (rows // cfg.group_size * row * m["activations"] / 2, max(kept, 4 * m["outside"] * full)),
+             "logits": (20 * rows * m["text"].vocab_size, 14 * logits),                     # bytes: float32 copies, a float64 CDF
+             "driver and kernels": (2**30, 2**30)}
+    return {purpose: tuple(x / 2**30 for x in pair) for purpose, pair in table.items()}
+
+def dry_run(cfg):
+    """Print the plan for `cfg.dry_run` GPUs; if it does not fit in `cfg.gpu_gb`, name the smallest change that would."""
+    def need(gpus=cfg.dry_run, **change):
+        return max(map(sum, zip(*memory_plan(replace(cfg, **change), gpus).values())))
+    table = memory_plan(cfg, cfg.dry_run)
+    say(f"{f'GiB on each of {cfg.dry_run} GPUs':<28}{'sampling':>9}{'update':>9}")
+    for purpose, pair in [*table.items(), ("total", tuple(map(sum, zip(*table.values()))))]:
+        say(f"{purpose:<28}" + "".join(f"{x:>9.2f}" for x in pair))
+    if need() <= cfg.gpu_gb:
+        largest = max((2**i for i in range(1, 13) if need(group_size=2**i) <= cfg.gpu_gb), default=cfg.group_size)
+        return say(f"fits in --gpu_gb={cfg.gpu_gb:g}; so would groups of up to {largest}")
+    least = dict(micro_tokens=cfg.max_prompt_tokens + cfg.max_new_tokens, sample_rows=cfg.group_size)
+    halved = [{k: max(least[k], getattr(cfg, k) >> n) for k in keys} for n in range(1, 9) for keys in (("micro_tokens",), ("sample_rows",), least)]
+    changes = [dict(recompute=True), *halved, dict(hsdp=False), dict(least, hsdp=False), dict(lora_rank=16), dict(least, lora_rank=16)]
+    changes += [dict(gpus=cfg.dry_run * 2**n, hsdp=False) for n in range(1, 8)]
+    best = next((c for c in changes if need(**c) <= cfg.gpu_gb), {})
+    die(f"{need():.1f} GiB a GPU do not fit in --gpu_gb={cfg.gpu_gb:g}; " + (
+        "this would: " * bool(best) + " ".join(f"--{k}={v}".replace("gpus", "dry_run") for k, v in best.items()) or "nor would any change known here"))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The toy world, and the loop
+
+def toy_world(folder="out/toy"):
+    """Build the toy world's folder, once: requests, a policy of mixed manners, noisy ratings, a reward model.
+    One process does it before it joins the others, who wait in `join_world`. What comes out are ordinary files and Hugging
+    Face folders: from here on nothing but `true_scores` knows that they are a toy."""
+    if os.path.exists(folder) or os.environ.get("RANK", "0") != "0":
+        return
+    say(f"building the toy world in {folder}, once: requests, a tiny policy of mixed manners, ratings, a reward model")
+    tmp, rng, _ = f"{folder}.tmp", random.Random(0), torch.manual_seed(0)
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    dump = lambda name, rows: write_text(f"{tmp}/{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    asked = {"heldout_prompts": [], "prompts": []}  # held out: two (verb, noun) pairs of each verb, in all their wordings
+    for verb, (nouns, *_) in REQUESTS.items():
+        for i, noun in enumerate(rng.sample(nouns, len(nouns))):
+            asked["heldout_prompts" if i < 2 else "prompts"] += [frame.format(verb, noun) for frame in FRAMES]
+    for name, prompts in asked.items():  # "prompts" comes last, and is what the rest is about
+        dump(name, [{"prompt": p, "tag": "harmful" if toy_request(p)[0] else "benign"} for p in prompts])
+    demos = [(p, toy_answer(p, rng)) for p in prompts * 8]
+    policy, tokenizer = toy_policy(demos, rng)
+    policy.save_pretrained(f"{tmp}/policy"), tokenizer.save_pretrained(f"{tmp}/policy")
+    # Rated are demonstrations, the policy's own samples, and text spoiled by a splice or a wrong word: ratings of clean text
+    # alone give a head that the policy soon fools with word salad, of which the head was never shown any.
+    rated = demos[:2 * len(prompts)]
+    for p, a in list(rated):
+        a, b = a.split(), rng.choice(demos)[1].split()
+        i, j = rng.randrange(len(a)), rng.randrange(len(b))
+        rated.append((p, " ".join(a[:i] + (b[j:] if rng.random() < 0.5 else [b[j]] + a[i + 1:]))))
+    batch = toy_chats(tokenizer, [(p, None) for p in prompts])
+    for temperature in tqdm((0.7, 1.0, 1.3), "sampling answers to rate", disable=None, leave=False):
+        out = policy.generate(**batch, do_sample=True, temperature=temperature, top_k=0, max_new_tokens=48)
+        rated += zip(prompts, tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True))
+    noisy = lambda s: None if rng.random() < 0.1 else round(min(1.0, max(0.0, rng.gauss(s, 0.1))), 2)
+    dump("ratings", [{"prompt": p, "response": a, "scores": {k: noisy(s) for k, s in true_scores(p, a).items()}} for p, a in rated])
+    rm.train(rm.Config(**{**rm.TOY, "ratings": f"{tmp}/ratings.jsonl", "backbone": f"{tmp}/policy", "out_dir": f"{tmp}/reward_model"}), *join_world(alone=True))
+    dist.destroy_process_group()
+    os.rename(tmp, folder)
 
 def total(values, device):
     """Sum a list of numbers over all processes, in float64."""
@@ -460,24 +601,24 @@ def group_metrics(scores_PGK, rewards_PG, axes, std_floor, device):
 
 def main(cfg):
     # 1. Processes; signals to stop are heeded between two steps
-    if "toy" in (cfg.policy, cfg.reward_model, cfg.prompts):
+    if cfg.policy == "toy":
         toy_world()
+    place = lambda given, name: f"out/toy/{name}" if given == "toy" else given
+    if cfg.dry_run:
+        return dry_run(replace(cfg, policy=place(cfg.policy, "policy")))
     rank, world, device, dtype = join_world(cfg.dtype)
     stop = []
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda number, frame: stop.append(number))
     is_toy = cfg.prompts == "toy"
-    place = lambda given, name: f"out/toy/{name}" if given == "toy" else given
 
     # 2. Models: the policy in training, its frozen copy as reference, the reward model
-    policy = shard(Policy(place(cfg.policy, "policy")), device, dtype)
+    torch.manual_seed(cfg.seed)  # LoRA's A starts the same on every process
+    policy = shard(Policy(place(cfg.policy, "policy"), cfg.lora_rank, cfg.lora_alpha), device, dtype, cfg.recompute, cfg.hsdp)
     reference = None
-    if cfg.beta:
-        reference = Policy(place(cfg.policy, "policy")).requires_grad_(False)
-        for p in reference.parameters():  # not reference.to(dtype): that would round the rotary frequencies as well
-            p.data = p.data.to(dtype)
-        shard(reference, device, dtype)
-    reward_model = shard(RewardModel(place(cfg.reward_model, "reward_model")).eval().requires_grad_(False), device, dtype)
+    if cfg.beta and not cfg.lora_rank:  # with LoRA it is the policy without its adapter
+        reference = shard(Policy(place(cfg.policy, "policy")).requires_grad_(False), device, dtype, hsdp=cfg.hsdp)
+    reward_model = shard(RewardModel(place(cfg.reward_model, "reward_model")).eval().requires_grad_(False), device, dtype, hsdp=cfg.hsdp)
     check_support(policy, device, dtype)
     axes = reward_model.axes
     weight_of = {k: float(w) for k, _, w in (pair.partition("=") for pair in cfg.weights.split(",") if pair)}
@@ -497,7 +638,8 @@ def main(cfg):
     require(cfg.prompts_per_step >= world, f"--prompts_per_step={cfg.prompts_per_step}: fewer than the {world} processes")
 
     # 4. Optimizer, output folder, and where an interrupted run left off
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     state = dict(step=0, updates=0, skipped=0)
     path = lambda name: os.path.join(cfg.out_dir, name)
     found = find_checkpoint(path("checkpoint")) if cfg.resume else None
@@ -518,7 +660,11 @@ def main(cfg):
             with open(path(name), "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
 
-    rows = -(-cfg.prompts_per_step // world) * cfg.group_size  # responses that a process samples at once, also in evaluation
+    def reference_logp(groups):
+        policy.adapted = False
+        logp_N = logp(reference or policy, groups, cfg.temperature, device)
+        policy.adapted = cfg.lora_rank > 0
+        return logp_N
 
     def log_samples(step, groups, heldout):
         log("samples.jsonl", collect([dict(
@@ -529,8 +675,8 @@ def main(cfg):
     def evaluate(step):
         """Mean scores of the held-out prompts' answers; the same random numbers every time, so that steps compare."""
         mine = held[rank::world]
-        groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.eval_samples, rows,
-                             cfg, device)
+        groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.eval_samples, cfg,
+                             device)
         log_samples(step, groups, True)
         names = ["n"] + [f"eval/{k}" for k in axes] + ([f"true/{k}" for k in true_scores("", "")] if is_toy else [])
         sums = torch.zeros(len(names), dtype=torch.float64)
@@ -548,6 +694,7 @@ def main(cfg):
         f"reward = " + " + ".join(f"{w:g} {k}" for k, w in zip(axes, weights_K.tolist())))
     if held and state["step"] == 0:
         evaluate(0)
+    rate = matmul_rate(device, dtype)
     bar = tqdm(total=cfg.steps, initial=state["step"], desc="aligning", disable=None if rank == 0 else True, leave=False)
     bad_in_a_row = 0
     for step in range(state["step"] + 1, cfg.steps + 1):
@@ -557,7 +704,7 @@ def main(cfg):
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed * 100003 + epoch)).tolist()
         mine = [prompts[j] for j in order[i:i + cfg.prompts_per_step][rank::world]]
         groups, sec_sample, sec_score = rollout(policy, reward_model, mine, [(cfg.seed, step, p["index"]) for p in mine],
-                                                cfg.group_size, rows, cfg, device)
+                                                cfg.group_size, cfg, device)
         log_samples(step, groups, False)
 
         # 6. Advantages; the loss weight of each token, from the size of the whole step over all processes
@@ -567,7 +714,8 @@ def main(cfg):
             g["advantages_G"] = advantages_G
         batches = micro_batches(groups, cfg.micro_tokens)
         lengths = [len(r) for g in groups for r in g["responses"]]
-        responses, tokens, ended = total([len(lengths), sum(lengths), sum(sum(g["ended"]) for g in groups)], device)
+        responses, tokens, ended, flops = total([len(lengths), sum(lengths), sum(sum(g["ended"]) for g in groups),
+                                                 train_flops(policy, [(g["ids"], g["responses"]) for g in groups], cfg)], device)
         for b in batches:
             b["weight"] = token_weights(b["rows"], cfg.loss_norm, cfg.max_new_tokens, responses, tokens)
         # FSDP gathers weights in every forward, so all processes must run equally many: those with fewer repeat one at weight 0
@@ -583,7 +731,7 @@ def main(cfg):
                 if inner == 0:
                     old = new.detach()  # the sampling policy in the trainer's own arithmetic: rho is 1, no extra forward
                     with torch.no_grad():
-                        ref = logp(reference, b["rows"], cfg.temperature, device) if reference else old
+                        ref = reference_logp(b["rows"]) if cfg.beta else old
                     weight, advantage, gap = b["weight"].to(new), b["advantage"].to(new), old - b["sampled"].to(new)
                     # Truncated importance weight: the sampler's rounding differs from the trainer's; above 2 it is cut
                     b.update(old=old, ref=ref, weight=weight, advantage=advantage * gap.exp().clamp(max=2.0))
@@ -591,7 +739,7 @@ def main(cfg):
                 loss, kl, clipped = objective(new, b["old"], b["ref"], b["advantage"], b["weight"], cfg)
                 (loss * world).backward()  # FSDP averages gradients over processes, but the weights sum to 1 over them all
                 sums[:3] += torch.stack([loss.detach(), kl, clipped]) / cfg.epochs
-            grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).full_tensor().item()
+            grad_norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip).full_tensor().item()
             if math.isfinite(grad_norm):  # also false when the loss is not finite
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -609,15 +757,17 @@ def main(cfg):
 
         # 8. Log, evaluate, save
         row = dict(step=step, loss=loss, **group_metrics(scores_PGK, rewards_PG, axes, cfg.std_floor, device),
-                   kl=kl if reference else None, clip_frac=clipped, grad_norm=grad_norm, entropy=surprise / tokens,
+                   kl=kl if cfg.beta else None, clip_frac=clipped, grad_norm=grad_norm, entropy=surprise / tokens,
                    length=tokens / responses, truncated=1 - ended / responses, lr=lr, sampler_gap=gap / tokens,
                    skipped=state["skipped"])
-        row.update({"sec/sample": sec_sample, "sec/score": sec_score, "sec/train": seconds - sec_sample - sec_score,
-                    "tok_per_s": tokens / seconds, "peak_gb": peak_gb(device)})
+        sec_train = seconds - sec_sample - sec_score
+        row.update({"sec/sample": sec_sample, "sec/score": sec_score, "sec/train": sec_train, "tok_per_s": tokens / seconds,
+                    "mfu": flops / (sec_train * rate * world), "peak_gb": peak_gb(device)})
         log("metrics.jsonl", [{k: v if v is None or math.isfinite(v) else None for k, v in row.items()}])
         bar.update()
         say(f"step {step:>4}  reward {row['reward']:.3f}  " + "  ".join(f"{k} {row[f'score/{k}']:.2f}" for k in axes) +
-            f"  kl {kl:.3f}  length {row['length']:.0f}  {seconds:.2f} s")
+            f"  kl {kl:.3f}  length {row['length']:.0f}  {seconds:.2f} s  {row['tok_per_s']:.0f} tok/s  "
+            f"mfu {row['mfu']:.0%}  {row['peak_gb']:.1f} GB")
         require(bad_in_a_row < 10, "ten steps in a row had a gradient that is not finite: stopped; try a smaller --lr")
         if held and (step == cfg.steps or cfg.eval_interval and step % cfg.eval_interval == 0):
             evaluate(step)
@@ -632,9 +782,32 @@ def main(cfg):
     if state["step"] < cfg.steps:
         say(f"stopped after step {state['step']}, saved in {path('checkpoint')}; --resume goes on from there")
     else:
-        save_folder(policy.lm, policy.tokenizer, path("policy"), policy.saved_dtype)
+        save_folder(policy.lm, policy.tokenizer, path("policy"), policy.lm.saved_dtype)
+        if cfg.lora_rank:
+            save_adapter(policy, path("adapter"), place(cfg.policy, "policy"))
         if rank == 0:
             report(cfg.out_dir, axes)
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a large matrix product, the best of five: what this device does at most, measured rather than looked up."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(seconds)
+
+def train_flops(policy, rows, cfg):
+    """FLOP that an update on `rows`, [(prompt_ids, [response_ids, ...]), ...], must do: 2 a weight and token forward, 4 backward
+    (2 with LoRA: none for the frozen weights), 2 for the reference; n^2 / 2 pairs for causal attention. Recomputation and
+    padding are overhead, not work, and do not count."""
+    text = policy.lm.config.get_text_config()
+    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    weights = sum(p.numel() for p in blocks(policy).parameters())
+    forward = sum(2 * weights * n + 2 * text.vocab_size * text.hidden_size * len(r) + 2 * len(blocks(policy)) * width * n * n
+                  for p, rs in rows for r in rs for n in [len(p) + len(r)])
+    return forward * (cfg.epochs * (2 if cfg.lora_rank else 3) + (cfg.beta > 0))
 
 def peak_gb(device):
     """Most memory this process has held: of the GPU's, or without one the host's."""

@@ -3,36 +3,35 @@ Supervision for multi-objective GRPO: one model that reads a prompt and a respon
 
     ratings.jsonl --train--> reward model folder --score--> s_ik in [0, 1] for axis k, higher is better on every axis
 
-Any Hugging Face backbone with one linear layer of K outputs, each through a sigmoid: the multi-label regression head of arXiv
-2503.21819. One trunk serves all axes: K scores cost one forward, and an axis with few ratings borrows the features of the
-others. A rating may leave axes out (null or absent); what is not rated is not trained.
+A Hugging Face backbone with a linear layer of K outputs, each through a sigmoid: the multi-label regression head of 2503.21819.
 
     torchrun reward_model.py                                                       # the toy world's, from out/toy/ratings.jsonl
     torchrun --nproc_per_node=8 reward_model.py --ratings=ratings.jsonl --backbone=Qwen/Qwen2.5-0.5B --out_dir=out/rm
     python reward_model.py --score=samples.jsonl --reward_model=out/rm --out=scored.jsonl
 
-A rating: {"prompt": str, "response": str, "scores": {"safety": 0.9, "politeness": null}}. What is written is an ordinary
-AutoModelForSequenceClassification folder: id2label names the axes, sigmoid(logits) are the scores. It is no preference
-(Bradley-Terry) model: ratings are regressed on as they are. Section 1 is what all scripts share.
+A rating: {"prompt": str, "response": str, "scores": {"safety": 0.9, "politeness": null}}; what is null or absent is not trained.
+Out comes an AutoModelForSequenceClassification folder: id2label names the axes, sigmoid(logits) are the scores. It is no
+preference (Bradley-Terry) model: ratings are regressed on as they are. Section 1 is what all scripts share.
 """
-import argparse, dataclasses, gzip, hashlib, inspect, json, math, os, random, re, shutil, sys
-from dataclasses import dataclass
+import argparse, dataclasses, functools, gzip, hashlib, inspect, json, math, os, random, re, shutil, sys, warnings
 
 import torch, transformers
-import torch.distributed as dist, torch.nn as nn
+import torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn
+from huggingface_hub import snapshot_download  # comes with transformers
 from safetensors import SafetensorError
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-transformers.utils.logging.set_verbosity_error()  # its notes on fresh heads and its loading bars would bury our lines
-transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()  # they would bury our lines
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads its own slices by itself
 
-@dataclass
+@dataclasses.dataclass
 class Config:  # every default is our own choice
-    ratings: str = "toy"          # ratings to learn from, JSONL or .jsonl.gz; toy: out/toy/ratings.jsonl, built if absent
+    ratings: str = "toy"          # ratings to learn from, JSONL or .jsonl.gz; toy: out/toy/ratings.jsonl, from the first mogrpo.py run
     heldout_ratings: str = ""     # ratings for the held-out table; empty: heldout_frac of the prompts in --ratings
     heldout_frac: float = 0.1     # split by prompt, not by row: another answer to the same prompt would leak it
     backbone: str = "toy"         # folder or hub id of any decoder or encoder; toy: out/toy/policy
@@ -70,12 +69,10 @@ def require(condition, message):
         sys.exit(2)
 
 die = lambda message: require(False, message)
-
 def say(message):
     """Print once, not once a process, and without tearing a progress bar."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+        tqdm.write(message, file=sys.stdout), sys.stdout.flush()
 
 def is_number(x):
     """Is x a finite number, or a string that spells one? (True, NaN and Infinity are not.)"""
@@ -88,11 +85,11 @@ def parse(cls, argv, doc, toy):
     flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     flags.error = die
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
+    switch = dict(type=lambda v: {"true": True, "false": False}.get(v.lower(), v), nargs="?", const=True, choices=(True, False))
     for name, default in fields.items():
         also = f"; toy world: {toy[name]}" if name in toy else ""
         flags.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{notes[name]} [{default}{also}]".replace("%", "%%"),
-                           **(dict(type=lambda v: {"true": True, "false": False}.get(v.lower(), v), nargs="?", const=True, choices=(True, False))
-                              if isinstance(default, bool) else dict(type=type(default), metavar=type(default).__name__)))
+                           **(switch if isinstance(default, bool) else dict(type=type(default), metavar=type(default).__name__)))
     given = vars(flags.parse_args(argv))
     for name, value in given.items():
         require(not isinstance(value, float) or math.isfinite(value), f"--{name}={value}: must be finite")
@@ -100,22 +97,20 @@ def parse(cls, argv, doc, toy):
 
 def read_jsonl(path):
     """Yield (where, record) for each line of a JSONL file, plain or .gz; `where` is file:line, for messages."""
-    empty = True
+    record = None
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record, empty = json.loads(line), False
+                if line.strip():
+                    record = json.loads(line)
                     json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate would crash the tokenizer later
-                except (ValueError, RecursionError) as e:
-                    die(f"{path}:{number}: broken JSON: {e}")
-                require(isinstance(record, dict), f"{path}:{number}: expected a JSON object, found {line.strip()[:40]}")
-                yield f"{path}:{number}", record
+                    require(isinstance(record, dict), f"{path}:{number}: expected a JSON object, found {line.strip()[:40]}")
+                    yield f"{path}:{number}", record
     except (OSError, EOFError, UnicodeDecodeError) as e:
         die(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}")
-    require(not empty, f"{path}: is empty; expected one JSON object a line")
+    except (ValueError, RecursionError) as e:
+        die(f"{path}:{number}: broken JSON: {e}")
+    require(record is not None, f"{path}: is empty; expected one JSON object a line")
 
 def conversation(where, record, answered=False):
     """The prompt of a record as chat messages: its "messages", or its "prompt" as a user turn; `answered`: with its "response"."""
@@ -142,18 +137,54 @@ def render(tokenizer, messages, response=None, truncation=False):
         text = gap.join([m["content"] for m in messages] + [response or ""])
     return tokenizer(text, add_special_tokens=not tokenizer.chat_template, truncation=truncation)["input_ids"]  # a template has its own
 
-def load(auto_class, path, **kwargs):
-    """`auto_class` model in float32 and tokenizer of a folder or hub id, errors in one line.
+def tensors(model):
+    """Its weights and saved buffers by name; a tied weight once, under its first name."""
+    once = {}
+    for name, t in model.state_dict(keep_vars=True).items():
+        once.setdefault(id(t), (name, t))
+    return dict(once.values())
+
+def load(auto_class, path, **head):
+    """An `auto_class` model of a folder or hub id, on the meta device until `shard` or `fill`, and its tokenizer; errors in a line.
     Weights come from safetensors only: a pickle can run code. A tokenizer without pad token pads with its end-of-text token;
-    that is safe, since padding is told apart by position everywhere."""
+    that is safe, since padding is told apart by position everywhere. `head`: config values of a fresh head."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = auto_class.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path, **head)
+        saved_dtype = config.dtype or torch.float32
+        folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+        with torch.device("meta"):
+            model = auto_class.from_config(config, dtype=torch.float32)
+        stored, wanted = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata, tensors(model)
+        fresh, stock = {n for n in wanted if n not in stored or stored[n].size != wanted[n].shape}, {}
+        if fresh and not (head and fresh == {"score.weight"}):  # its files use other names: the library knows how to rename, ...
+            stock, info = auto_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **head)
+            require(head or not info["missing_keys"], f"{path}: its files lack {', '.join(sorted(info['missing_keys'])[:3])}")
+            fresh, stock = set(), tensors(stock)
+        model.folder, model.fresh, model.stock, model.saved_dtype = folder, fresh, stock, saved_dtype
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:  # ... for the price of the whole model in memory
         die(f"{path}: no {auto_class.__name__.removeprefix('AutoModelFor')} model could be loaded: {e}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     require(tokenizer.pad_token, f"{path}: its tokenizer has neither a pad nor an end-of-text token")
     return model, tokenizer
+
+@torch.no_grad()
+def fill(model, device):
+    """Give memory and values to what `load` left on the meta device; of each weight a process reads only the rows it keeps."""
+    model.to_empty(device=device)
+    for part in (m for m in model.modules() if hasattr(m, "folder")):
+        part.tie_weights()  # a plain module forgets it in to_empty
+        mine = tensors(part)
+        for t in mine.values():
+            t._is_hf_initialized = True  # so that the next line touches none of them
+        part.apply(part._init_weights)  # rotary frequencies stand in no file: the library computes them again
+        stored = {n: t for n, t in mine.items() if n not in part.fresh and n not in part.stock and "lora_" not in n}
+        dcp.load(stored, storage_reader=HuggingFaceStorageReader(part.folder), no_dist=True)
+        for name in [n for n in mine if n not in stored]:
+            t = mine[name]  # drawn alike on every process, which keeps its rows: nn.Linear's variance, 0 for LoRA's B
+            whole = part.stock[name] if name in part.stock else torch.randn(t.shape) * (not name.endswith("lora_B")) / (3 * t.shape[-1])**0.5
+            t.copy_(distribute_tensor(whole.to(device, t.dtype), t.device_mesh, t.placements, src_data_rank=None) if isinstance(t, DTensor) else whole)
+        part.stock = {}
+    return model
 
 def join_world(dtype="auto", alone=False):
     """Join torchrun's process group, or be a group of one -> rank, world size, device, compute dtype."""
@@ -164,16 +195,28 @@ def join_world(dtype="auto", alone=False):
         dict(store=dist.HashStore(), rank=0, world_size=1) if alone or "RANK" not in os.environ else {}))
     return dist.get_rank(), dist.get_world_size(), device, DTYPES[dtype] or (torch.bfloat16 if cuda else torch.float32)
 
-def shard(model, device, dtype):
-    """Shard `model` over all processes, in place: FSDP2 by hand, the blocks one by one, then what is left at the root.
-    Each process keeps 1/N of every weight; a block is gathered in `dtype` just before it runs and dropped after, gradients are
-    reduced in float32. Embedding, final norm and head stay in the root's group: a tied weight must not live in two groups."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+def blocks(model):
+    """The repeated layers, which are nearly all of a transformer: its largest ModuleList."""
     stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList))
-    for block in max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    return max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
+
+def shard(model, device, dtype, recompute=False, hsdp=True):
+    """Shard `model` over all processes, in place, and read its weights: FSDP2 by hand, block by block, then what is left.
+    Each process keeps 1/N of every weight; a block is gathered in `dtype` just before it runs and dropped after, gradients are
+    reduced in float32. Embedding, final norm and head stay in the root's group: a tied weight must not live in two groups.
+    hsdp: on several nodes shard inside each and replicate across, so that only gradients cross the network.
+    recompute: keep a block's input only, and run the block again in the backward pass: a third more work, a tenth of the memory."""
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    grid = (world // local, local) if hsdp and 1 < local < world else (world,)
+    rule = dict(mesh=dist.init_device_mesh(device.type, grid, mesh_dim_names=("replicate", "shard")[-len(grid):]),
+                mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32)))
+    for p in model.parameters():
+        p.data = p.data if p.requires_grad else p.data.to(dtype)  # float32 masters are for weights to which small steps are added
+    for block in blocks(model):
+        if recompute:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        fully_shard(block, **rule)
+    return fill(fully_shard(model, **rule), device)
 
 def collect(rows):
     """What the processes made of rows[rank::world], on every process and in the order of `rows` again."""
@@ -185,8 +228,7 @@ def write_text(path, text):
     """Write a file so that a crash leaves the old one or the new one, never a half."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+        f.flush(), os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
 
 def fresh_folder(path):
@@ -196,19 +238,24 @@ def fresh_folder(path):
         say(f"{path} was there already: renamed to {aside}")
     os.makedirs(path, exist_ok=True)
 
+@torch.no_grad()
 def save_folder(model, tokenizer, path, dtype):
-    """Write a sharded Hugging Face model as a folder that stock `from_pretrained` loads; every process must call it."""
-    weights, seen = {}, set()
-    for name, w in model.state_dict(keep_vars=True).items():
-        if id(w) not in seen:  # a tied weight is written once, under its first name; the library ties it again
-            seen.add(id(w))
-            whole = w.detach().full_tensor() if isinstance(w, DTensor) else w.detach()  # a collective, one tensor at a time
-            if dist.get_rank() == 0:
-                weights[name] = whole.to("cpu", dtype if w.is_floating_point() else None, copy=True)
+    """Write a sharded Hugging Face model as a folder that stock `from_pretrained` loads; every process must call it.
+    Each writes its rows of every weight, which rank 0 joins on disk: no process ever holds the model. LoRA is merged on the way."""
+    out, place, size = {}, {}, 0
+    for name, t in tensors(model).items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith("weight") and hasattr(owner, "lora_A"):
+            t = t.float() + owner.lora_scale * (owner.lora_B.float() @ owner.lora_A.float())
+        if "lora_" not in name:
+            size += t.numel() * dtype.itemsize
+            out[name], place[name] = t.detach().to(dtype if t.is_floating_point() else None), 1 + size // 2**32  # files of 4 GiB
+    dcp.save(out, storage_writer=HuggingFaceStorageWriter(path, place, save_distributed=True, enable_consolidation=True))
     if dist.get_rank() == 0:
-        model.config.dtype = dtype
-        model.save_pretrained(path, state_dict=weights)
-        tokenizer.save_pretrained(path)
+        shutil.rmtree(f"{path}/sharded")
+        model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
+        model.config.save_pretrained(path), tokenizer.save_pretrained(path)
+        model.generation_config.save_pretrained(path) if model.can_generate() else None
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 2. The toy world: everyday requests, some of them harmful, in which a rule knows the true scores of any answer
@@ -269,76 +316,32 @@ def toy_answer(prompt, rng):
     return " . ".join(maybe(0.8, tone[:3]) + body + maybe(0.2, CARELESS) + maybe(0.6, tone[2:])) + " ."
 
 def toy_chats(tokenizer, pairs):
-    """(request, answer) pairs, or (request, None) to be answered -> a padded batch of chats."""
-    chats = [[{"role": "user", "content": p}] + [{"role": "assistant", "content": a}] * bool(a) for p, a in pairs]
-    return tokenizer.apply_chat_template(chats, add_generation_prompt=not pairs[0][1], padding=True, return_dict=True, return_tensors="pt")
+    """(request, answer) pairs, or (request, None) to be answered -> a batch of chats, padded on the left."""
+    return tokenizer.pad({"input_ids": [render(tokenizer, [{"role": "user", "content": p}], a) for p, a in pairs]}, return_tensors="pt")
 
 def toy_policy(demos, rng):
     """A Qwen3 of 0.3M parameters fitted to demonstrations, and its tokenizer: one word is one token.
     Not a Qwen2: for a Qwen2 folder AutoTokenizer takes Qwen2's own byte-pair tokenizer, whatever the folder says."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-    special = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    special = "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
     vocabulary = special + sorted({w for demo in demos for text in demo for w in text.split()})
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<|unk|>"))
-    core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    core.decoder = decoders.WordPiece()  # sets words apart by spaces, but none before a full stop
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=special[3:],
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizers.Lowercase(), pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=special[3:], padding_side="left",
                                                      **dict(zip(("pad_token", "unk_token", "eos_token"), special)))
-    tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
-                               "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     policy = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, initializer_range=0.08, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        bos_token_id=None, eos_token_id=2, pad_token_id=0))
     optimizer, steps = torch.optim.AdamW(policy.parameters()), 400
     for step in tqdm(range(steps), "fitting a tiny policy to demonstrations", disable=None, leave=False):
         batch = toy_chats(tokenizer, rng.sample(demos, 32))
-        begins = batch["input_ids"] == tokenizer.convert_tokens_to_ids("<|assistant|>")
-        answer = (begins.cumsum(1) - begins.int()) * batch["attention_mask"]  # learn the answer and its end, not the request
-        policy(**batch, labels=batch["input_ids"].masked_fill(answer == 0, -100)).loss.backward()
+        begins = batch["input_ids"] == 5  # <|assistant|>: learn the answer and its end, not the request
+        policy(**batch, labels=batch["input_ids"].masked_fill(begins.cumsum(1) - begins.int() == 0, -100)).loss.backward()
         optimizer.param_groups[0]["lr"] = 6e-3 * min(1, (step + 1) / 20, (steps - step) / steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(), optimizer.zero_grad()
     return policy, tokenizer
-
-def toy_world(folder="out/toy"):
-    """Build the toy world's folder, once: requests, a policy of mixed manners, noisy ratings, a reward model.
-    One process does it before it joins the others, who wait in `join_world`. What comes out are ordinary files and Hugging
-    Face folders: from here on nothing but `true_scores` knows that they are a toy."""
-    if os.path.exists(folder) or os.environ.get("RANK", "0") != "0":
-        return
-    say(f"building the toy world in {folder}, once: requests, a tiny policy of mixed manners, ratings, a reward model")
-    tmp, rng, _ = f"{folder}.tmp", random.Random(0), torch.manual_seed(0)
-    shutil.rmtree(tmp, ignore_errors=True)
-    os.makedirs(tmp)
-    dump = lambda name, rows: write_text(f"{tmp}/{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    asked = {"heldout_prompts": [], "prompts": []}  # held out: two (verb, noun) pairs of each verb, in all their wordings
-    for verb, (nouns, *_) in REQUESTS.items():
-        for i, noun in enumerate(rng.sample(nouns, len(nouns))):
-            asked["heldout_prompts" if i < 2 else "prompts"] += [frame.format(verb, noun) for frame in FRAMES]
-    for name, prompts in asked.items():  # "prompts" comes last, and is what the rest is about
-        dump(name, [{"prompt": p, "tag": "harmful" if toy_request(p)[0] else "benign"} for p in prompts])
-    demos = [(p, toy_answer(p, rng)) for p in prompts * 8]
-    policy, tokenizer = toy_policy(demos, rng)
-    policy.save_pretrained(f"{tmp}/policy"), tokenizer.save_pretrained(f"{tmp}/policy")
-    # Rated are demonstrations, the policy's own samples, and text spoiled by a splice or a wrong word: ratings of clean text
-    # alone give a head that the policy soon fools with word salad, of which the head was never shown any.
-    rated = demos[:2 * len(prompts)]
-    for p, a in list(rated):
-        a, b = a.split(), rng.choice(demos)[1].split()
-        i, j = rng.randrange(len(a)), rng.randrange(len(b))
-        rated.append((p, " ".join(a[:i] + (b[j:] if rng.random() < 0.5 else [b[j]] + a[i + 1:]))))
-    tokenizer.padding_side = "left"
-    batch = toy_chats(tokenizer, [(p, None) for p in prompts])
-    for temperature in tqdm((0.7, 1.0, 1.3), "sampling answers to rate", disable=None, leave=False):
-        out = policy.generate(**batch, do_sample=True, temperature=temperature, top_k=0, max_new_tokens=48)
-        rated += zip(prompts, tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True))
-    noisy = lambda s: None if rng.random() < 0.1 else round(min(1.0, max(0.0, rng.gauss(s, 0.1))), 2)
-    dump("ratings", [{"prompt": p, "response": a, "scores": {k: noisy(s) for k, s in true_scores(p, a).items()}} for p, a in rated])
-    files = dict(ratings=f"{tmp}/ratings.jsonl", backbone=f"{tmp}/policy", out_dir=f"{tmp}/reward_model")
-    train(Config(**{**TOY, **files}), *join_world(alone=True))
-    dist.destroy_process_group()
-    os.rename(tmp, folder)
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 3. Ratings and the reward model
@@ -364,9 +367,8 @@ def is_held_out(messages, fraction, seed):
     return int(hashlib.sha256(repr((seed, messages)).encode()).hexdigest()[:16], 16) < fraction * 2**64
 
 class RewardModel(nn.Module):
-    """Backbone and one linear layer with K outputs: logits_BK, whose sigmoids are the scores.
-    It is the library's own sequence classifier, which is just that (a decoder is read at its last real token, an encoder at
-    its usual place), so the folder we save loads anywhere and gives the same scores there."""
+    """Backbone and one linear layer with K outputs: logits_BK, whose sigmoids are the scores. It is the library's own sequence
+    classifier, which is just that, so the folder that we save loads anywhere and gives the same scores there."""
     def __init__(self, path, axes=None, max_tokens=10**9):
         """`axes`: names for a fresh head on the backbone `path`; None: `path` is a reward model with named axes."""
         super().__init__()
@@ -428,8 +430,8 @@ def train(cfg, rank, world, device, dtype):
         held_rows, held_labels, _ = read_ratings(cfg.heldout_ratings, ",".join(axes), cfg.scale)
     else:
         held = torch.tensor([is_held_out(messages, cfg.heldout_frac, cfg.seed) for messages, _ in rows])
-        held_rows, held_labels, labels = [r for r, h in zip(rows, held) if h], labels[held], labels[~held]
-        rows = [r for r, h in zip(rows, held) if not h]
+        held_rows, rows = ([r for r, h in zip(rows, held) if h == side] for side in (True, False))
+        held_labels, labels = labels[held], labels[~held]
         require(rows and held_rows, f"{cfg.ratings}: too few different prompts to hold some out; give --heldout_ratings")
     counts = (~labels.isnan()).sum(0)
     say(f"reward model: {len(rows)} rated answers ({', '.join(f'{k} {n}' for k, n in zip(axes, counts.tolist()))}), {len(held_rows)} held out")
@@ -453,12 +455,11 @@ def train(cfg, rank, world, device, dtype):
         ((error.masked_fill(target.isnan(), 0.0)**2 * weight_K).sum() * share).backward()
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1, 10 * (step + 1) / steps, (steps - step) / steps)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(), optimizer.zero_grad()
     fresh_folder(cfg.out_dir) if rank == 0 else None
     save_folder(model.model, model.tokenizer, cfg.out_dir, torch.float32)
     dist.barrier()
-    model = RewardModel(cfg.out_dir).to(device).eval()  # the table is about the folder as it was saved and loads
+    model = fill(RewardModel(cfg.out_dir), device).eval()  # the table is about the folder as it was saved and loads
     table = heldout_table(torch.tensor(collect(score(model, held_rows[rank::world], device).tolist())), held_labels, held_rows, axes)
     write_text(os.path.join(cfg.out_dir, "heldout.json"), json.dumps(table, indent=1)) if rank == 0 else None
     return table
@@ -467,12 +468,11 @@ def train(cfg, rank, world, device, dtype):
 # 4. Main
 def main(cfg):
     toy = lambda given, name: f"out/toy/{name}" if given == "toy" else given
-    toy_world() if "toy" in ([cfg.reward_model] if cfg.score else [cfg.ratings, cfg.backbone]) else None
     rank, world, device, dtype = join_world(cfg.dtype)
     if cfg.score:
         records = list(read_jsonl(cfg.score))
         rows = [conversation(where, r, answered=True) for where, r in records]
-        model = RewardModel(toy(cfg.reward_model, "reward_model")).to(device).eval()
+        model = fill(RewardModel(toy(cfg.reward_model, "reward_model")), device).eval()
         scores = [dict(zip(model.axes, s)) for s in collect(score(model, rows[rank::world], device).tolist())]
         if rank == 0:
             write_text(cfg.out, "".join(json.dumps({**r, "scores": s}, ensure_ascii=False) + "\n" for (_, r), s in zip(records, scores)))
@@ -489,11 +489,11 @@ def run(main, cfg):
     """Call `main` and leave; a full disk or an unwritable folder is one line, too."""
     try:
         main(cfg)
-        dist.barrier()
+        dist.barrier() if dist.is_initialized() else None
         sys.stdout.flush()
         os._exit(0)  # at a normal exit gloo's threads now and then abort a finished process (torch 2.13)
-    except (OSError, SafetensorError) as e:
-        die(f"{getattr(e, 'filename', None) or 'writing files'}: {getattr(e, 'strerror', None) or e}")
+    except (OSError, SafetensorError, dcp.CheckpointException) as e:
+        die(f"{getattr(e, 'filename', None) or 'writing files'}: {getattr(e, 'strerror', None) or str(e).strip().splitlines()[-1]}")
 
 
 if __name__ == "__main__":

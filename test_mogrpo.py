@@ -4,14 +4,16 @@ pytest -q test_mogrpo.py          # two CPU cores, a few minutes; nothing is dow
 Every fast path stands against a slow and obvious one that is written here only, in float64 where it matters, on five tiny
 architectures; runs on 1, 2 and 4 processes stand against each other. Benchmarks are commands, not tests.
 """
-import collections, functools, gzip, json, math, os, shutil, signal, subprocess, sys
+import collections, functools, gzip, json, math, os, shutil, signal, socket, subprocess, sys, weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import mogrpo
@@ -59,10 +61,17 @@ def world():
     yield rm.join_world(alone=True)
     dist.destroy_process_group()
 
-def policy_of(path, dtype=torch.float32):
-    policy = mogrpo.Policy(path)
+CPU = torch.device("cpu")
+
+def policy_of(path, dtype=torch.float32, lora_rank=0):
+    policy = mogrpo.Policy(path, lora_rank, 2.0 * lora_rank)
     policy.to(dtype)
-    return rm.shard(policy, torch.device("cpu"), dtype)
+    policy = rm.shard(policy, CPU, dtype, recompute=True)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if name.endswith("lora_B"):  # 0 at the start: the adapter would not show
+                p.add_(0.3)
+    return policy
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
@@ -70,7 +79,7 @@ def toy(tmp_path_factory):
     where = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(where)
-        rm.toy_world()
+        mogrpo.toy_world()
     return where
 
 def run_main(script, *args):
@@ -81,7 +90,7 @@ def rows_of(path):
     return [r for _, r in rm.read_jsonl(path)]
 
 def without_time(rows):
-    return [{k: v for k, v in r.items() if not k.startswith("sec/") and k not in ("tok_per_s", "peak_gb")} for r in rows]
+    return [{k: v for k, v in r.items() if not k.startswith("sec/") and k not in ("tok_per_s", "mfu", "peak_gb")} for r in rows]
 
 def refused(capsys, call, *parts):
     """`call` must end with exit status 2 and one line on stderr that holds all `parts`."""
@@ -93,6 +102,179 @@ def refused(capsys, call, *parts):
 
 
 # ------------------------------------------------------------------------------------------------------------------------
+# Loading, LoRA, saving, memory
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_loaded_by_slices_equals_the_library(kind, tied, tmp_path, world, monkeypatch):
+    """Weights from several files in bfloat16, rotary frequencies, tying; and back through `save_folder`."""
+    model = tiny_model(kind, tied).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "m", max_shard_size="10KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    assert len([f for f in os.listdir(tmp_path / "m") if f.endswith(".safetensors")]) > 2
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "from_pretrained", None)  # the whole model is never read
+        whole, policy = rm.fill(mogrpo.Policy(str(tmp_path / "m")), CPU).lm, policy_of(str(tmp_path / "m"))
+    head, embedding = whole.get_output_embeddings(), whole.get_input_embeddings()
+    assert (head.weight is embedding.weight) == (tied or kind == "gpt2")
+    ids = torch.tensor([PROMPTS[1]])
+    assert torch.equal(whole(ids).logits, stock(ids).logits)
+    for (name, ours), (other, theirs) in zip(rm.tensors(policy.lm).items(), rm.tensors(stock).items(), strict=True):
+        assert name == other and torch.equal(ours.full_tensor(), theirs), name
+    for ours, theirs in zip(policy.lm.buffers(), stock.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    rm.save_folder(policy.lm, policy.tokenizer, str(tmp_path / "again"), policy.lm.saved_dtype)
+    again, first = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f) for f in ("again", "m"))
+    assert again.dtype == torch.bfloat16 and torch.equal(again(ids).logits, first(ids).logits)
+
+def test_other_names_and_missing_weights(tmp_path, world, capsys):
+    path = folder_of(tmp_path / "gpt2", "gpt2")
+    transformers.GPT2LMHeadModel.from_pretrained(path).transformer.save_pretrained(tmp_path / "bare")  # names without "transformer."
+    tiny_tokenizer().save_pretrained(tmp_path / "bare")
+    stock = transformers.GPT2LMHeadModel.from_pretrained(path)
+    assert all(torch.equal(p, q) for p, q in zip(rm.fill(mogrpo.Policy(str(tmp_path / "bare")), CPU).lm.parameters(), stock.parameters()))
+    weights = load_file(folder_of(tmp_path / "holes") + "/model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "holes/model.safetensors", metadata={"format": "pt"})
+    refused(capsys, lambda: mogrpo.Policy(str(tmp_path / "holes")), "holes", "layers.1.mlp.up_proj.weight")
+
+def test_lora_off_is_the_base_and_on_is_the_formula(tmp_path, world):
+    path = folder_of(tmp_path, tied=False)
+    base, policy = policy_of(path), policy_of(path, lora_rank=3)
+    groups = [(p, [[9, 8, 7, 2], [5] * 6]) for p in PROMPTS]
+    expected, adapted = mogrpo.logp(base, groups, 1.0, CPU), mogrpo.logp(policy, groups, 1.0, CPU)
+    policy.adapted = False
+    assert torch.equal(mogrpo.logp(policy, groups, 1.0, CPU), expected) and (adapted - expected).abs().max() > 0.1
+    policy.adapted = True
+    adapted.sum().backward()
+    names = {n for n, p in policy.named_parameters() if p.grad is not None}
+    linears = [n for n, m in base.lm.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n]
+    assert names == {f"lm.{n}.lora_{x}" for n in linears for x in "AB"} and len(linears) == 14
+    stock = transformers.AutoModelForCausalLM.from_pretrained(path)
+    for name, m in policy.lm.named_modules():
+        if hasattr(m, "lora_A"):
+            a, b = m.lora_A.full_tensor().double(), m.lora_B.full_tensor().double()
+            assert a.shape == (3, m.in_features) and 0.3 < a.std() * (3 * m.in_features)**0.5 < 3
+            stock.get_submodule(name).weight.data += (2.0 * b @ a).float()
+    slow = torch.cat([stock(torch.tensor([p + r])).logits[0, len(p) - 1:-1].log_softmax(-1).gather(-1, torch.tensor(r)[:, None])[:, 0]
+                      for p, rs in groups for r in rs])
+    assert (adapted - slow).abs().max() < 1e-4
+
+def test_adapter_in_peft_and_merged(tmp_path, world):
+    """The folders a LoRA run leaves: the merged policy in the stock library, the adapter in PEFT."""
+    path = folder_of(tmp_path / "base")
+    policy = policy_of(path, lora_rank=4)
+    ids = torch.tensor([PROMPTS[1]])
+    with mogrpo.gathered(policy):
+        expected = policy.lm(ids).logits
+    rm.save_folder(policy.lm, policy.tokenizer, str(tmp_path / "policy"), torch.float32)
+    mogrpo.save_adapter(policy, str(tmp_path / "adapter"), path)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert (merged(ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    peft = pytest.importorskip("peft", reason="the adapter's format is checked where peft is installed")
+    adapted = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(path), str(tmp_path / "adapter")).eval()
+    assert (adapted(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and their most, by following every operation's storages."""
+    def __init__(self):
+        super().__init__()
+        self.held, self.now, self.peak = {}, 0, 0
+    def see(self, t):
+        t = t.to_local() if hasattr(t, "to_local") else t
+        if isinstance(t, torch.Tensor):
+            storage = t.untyped_storage()
+            if storage._cdata not in self.held:
+                weakref.finalize(storage, self.resize, storage._cdata, None)
+            self.resize(storage._cdata, storage.nbytes(), new=True)
+    def resize(self, key, size, new=False):
+        if new or key in self.held:
+            self.now += (size or 0) - self.held.pop(key, 0)
+            self.held.update({key: size} if size is not None else {})
+            self.peak = max(self.peak, self.now)
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves((args, kwargs, out)):
+            self.see(t)
+        return out
+
+@pytest.mark.parametrize("rank, recompute", [(0, True), (0, False), (16, True)])
+def test_memory_plan_is_what_a_step_takes(rank, recompute, tmp_path, monkeypatch):
+    """The peaks that --dry_run foretells against the live bytes of real sampling and of a real update, each within 10 %."""
+    t, device = transformers, CPU
+    torch.manual_seed(0)
+    t.LlamaForCausalLM(t.LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
+                                     num_key_value_heads=2, eos_token_id=7999)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    cfg = mogrpo.Config(policy=str(tmp_path), dry_run=1, dtype="bfloat16", lora_rank=rank, recompute=recompute, max_prompt_tokens=64,
+                        max_new_tokens=64, micro_tokens=1024, group_size=4, prompts_per_step=4, beta=0.0)
+    rm.join_world(alone=True)
+    policy = rm.shard(mogrpo.Policy(cfg.policy, rank, 32.0), device, torch.bfloat16, recompute)
+    policy.eos = [-1]
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    groups = [([i + 3] * 64, [[j] * 64 for j in range(4)]) for i in range(4)]
+    def update():
+        for half in (groups[:2], groups[2:]):
+            mogrpo.logp(policy, half, 1.0, device).mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    update()  # the moments come to be
+    live, real = Live(), torch.UntypedStorage.resize_
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", lambda s, n: (real(s, n), live.resize(s._cdata, n))[0])  # FSDP frees so
+    with live:
+        for t in [*policy.parameters(), *policy.buffers(), *(x for s in optimizer.state.values() for x in s.values())]:
+            live.see(t.data)
+        base = live.now
+        with mogrpo.gathered(policy):
+            mogrpo.sample(policy, [p for p, _ in groups], mogrpo.uniforms([(i,) for i in range(16)], 64), 1.0, device)
+        sampling, live.peak = live.peak, 0
+        assert abs(live.now - base) < 1e5  # the gathered copy is gone before the update
+        update()
+    dist.destroy_process_group()
+    plan = [sum(pair[i] for purpose, pair in mogrpo.memory_plan(cfg, 1).items() if "driver" not in purpose) * 2**30 for i in (0, 1)]
+    assert [sampling, live.peak] == pytest.approx(plan, rel=0.10)
+
+def test_dry_run(tmp_path, capsys):
+    for name, size in (("small", 256), ("large", 2048)):
+        t = transformers
+        t.Qwen2Config(vocab_size=32000, hidden_size=size, intermediate_size=4 * size, num_hidden_layers=8, num_attention_heads=8,
+                      num_key_value_heads=2).save_pretrained(tmp_path / name)
+    run = lambda *args: mogrpo.main(rm.parse(mogrpo.Config, args, mogrpo.__doc__, mogrpo.TOY))
+    run(f"--policy={tmp_path}/small", "--dry_run=8", "--gpu_gb=24")
+    said = capsys.readouterr().out
+    assert "GiB on each of 8 GPUs" in said and "fits in --gpu_gb=24" in said and "key-value cache" in said
+    policy = f"--policy={tmp_path}/large"
+    for gb in (13, 9, 6.5):  # ever harder: the change that is named must itself fit
+        refused(capsys, lambda: run(policy, "--dry_run=1", f"--gpu_gb={gb}"), f"do not fit in --gpu_gb={gb}", "this would: --")
+        with pytest.raises(SystemExit):
+            run(policy, "--dry_run=1", f"--gpu_gb={gb}")
+        change = capsys.readouterr().err.split("this would: ")[1].split()
+        run(policy, "--dry_run=1", f"--gpu_gb={gb}", *change)
+        assert "fits in" in capsys.readouterr().out
+    refused(capsys, lambda: run(policy, "--dry_run=1", "--gpu_gb=1"), "nor would any change")
+    refused(capsys, lambda: run("--policy=no/such/folder", "--dry_run=1"), "no/such/folder")
+
+def test_flops_are_those_of_the_matrix_products(tmp_path, world):
+    """The work that `mfu` counts against torch's own counter, which leaves out the CPU's attention kernel."""
+    path = folder_of(tmp_path, tied=False)
+    groups = [([5] * 20, [[7] * 30] * 4)]
+    for rank, passes in ((0, 3), (2, 2)):
+        policy = rm.shard(mogrpo.Policy(path, rank, 1.0), CPU, torch.float32)
+        def counted(backward):
+            with FlopCounterMode(display=False) as counter:
+                out = mogrpo.logp(policy, groups, 1.0, CPU)
+                out.sum().backward() if backward else None
+            return counter.get_total_flops()
+        pairs = sum(i + 1 for i in range(50)) * 4  # (query, key) pairs of 4 rows; 2 products of width 4 heads x 8 in 2 layers
+        ours = mogrpo.train_flops(policy, groups, mogrpo.Config(beta=0.0, lora_rank=rank)) / passes - 2 * 2 * 2 * 32 * pairs
+        assert ours == pytest.approx(counted(False), rel=0.02)
+        assert ours == pytest.approx(counted(True) / passes, rel=0.12)  # it also counts the head's recomputation and the adapter
+
+
+# ------------------------------------------------------------------------------------------------------------------------
 # Sampling
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23, 24]]
@@ -101,9 +283,9 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 2
 def test_greedy_equals_generate(kind, tmp_path, world):
     path = folder_of(tmp_path, kind)
     policy, stock = policy_of(path), transformers.AutoModelForCausalLM.from_pretrained(path)
-    mogrpo.check_support(policy, torch.device("cpu"), torch.float32)
+    mogrpo.check_support(policy, CPU, torch.float32)
     with mogrpo.gathered(policy):
-        ours, _ = mogrpo.sample(policy, PROMPTS, torch.full((6, 20), -1.0, dtype=torch.float64), 1.0, torch.device("cpu"))
+        ours, _ = mogrpo.sample(policy, PROMPTS, torch.full((6, 20), -1.0, dtype=torch.float64), 1.0, CPU)
     for i, p in enumerate(PROMPTS):
         expected = stock.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), do_sample=False,
                                   max_new_tokens=20)[0, len(p):].tolist()
@@ -114,9 +296,9 @@ def test_sampled_equals_rescored(kind, tmp_path, world):
     policy = policy_of(folder_of(tmp_path, kind, tied=False))
     u = mogrpo.uniforms([(0, p, g) for p in range(3) for g in range(4)], 24)
     with mogrpo.gathered(policy):
-        responses, sampled = mogrpo.sample(policy, PROMPTS, u, 0.8, torch.device("cpu"))
+        responses, sampled = mogrpo.sample(policy, PROMPTS, u, 0.8, CPU)
     groups = [(p, responses[4 * i:4 * i + 4]) for i, p in enumerate(PROMPTS)]
-    scored = mogrpo.logp(policy, groups, 0.8, torch.device("cpu"))
+    scored = mogrpo.logp(policy, groups, 0.8, CPU)
     assert (scored - torch.cat(sampled)).abs().max() < 1e-4
     assert len({len(r) for r in responses}) > 1 and all(2 not in r[:-1] for r in responses)  # cut right after the first end
 
@@ -124,8 +306,8 @@ def test_sample_does_not_depend_on_its_batch(tmp_path, world):
     policy = policy_of(folder_of(tmp_path))
     keys = [(7, p, g) for p in range(3) for g in range(4)]
     with mogrpo.gathered(policy):
-        together, _ = mogrpo.sample(policy, PROMPTS, mogrpo.uniforms(keys, 24), 1.0, torch.device("cpu"))
-        alone = [mogrpo.sample(policy, [PROMPTS[k[1]]], mogrpo.uniforms([k], 24), 1.0, torch.device("cpu"))[0][0] for k in keys]
+        together, _ = mogrpo.sample(policy, PROMPTS, mogrpo.uniforms(keys, 24), 1.0, CPU)
+        alone = [mogrpo.sample(policy, [PROMPTS[k[1]]], mogrpo.uniforms([k], 24), 1.0, CPU)[0][0] for k in keys]
     assert together == alone and len(set(map(tuple, together))) == 12
 
 def test_pick_follows_the_softmax():
@@ -155,7 +337,7 @@ def test_rollout_calls_no_collective(tmp_path):
     policy.eos = [63]
     for n in (8, 64):
         with Collectives() as mode, mogrpo.gathered(policy):
-            mogrpo.sample(policy, PROMPTS, mogrpo.uniforms([(0,), (1,), (2,)], n), 1.0, torch.device("cpu"))
+            mogrpo.sample(policy, PROMPTS, mogrpo.uniforms([(0,), (1,), (2,)], n), 1.0, CPU)
         counts.append(mode.n)
     dist.destroy_process_group()
     assert counts[0] == counts[1] == 3  # one a block, and one for the rest
@@ -169,7 +351,7 @@ def test_unsupported_models_are_refused(tmp_path, world, capsys):
     for name, model in (("bert", bert), ("cohere", cohere)):  # not causal; logits that are not head(hidden)
         model.save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
-        refused(capsys, lambda: mogrpo.check_support(policy_of(str(tmp_path / name)), torch.device("cpu"), torch.float32), "not supported")
+        refused(capsys, lambda: mogrpo.check_support(policy_of(str(tmp_path / name)), CPU, torch.float32), "not supported")
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -219,7 +401,7 @@ def slow_loss(stock, ref, groups, advantages, old, sampled, norm, cfg):
 
 def fast_gradient(policy, reference, groups, advantages, old, sampled, norm, cfg, budget):
     """The same by the functions of the loop, in micro-batches of `budget` tokens -> loss, gradients by name."""
-    device, start, items = torch.device("cpu"), 0, []
+    device, start, items = CPU, 0, []
     for (p, rs), a in zip(groups, advantages):
         cut = [len(r) for r in rs]
         parts = sampled[start:start + sum(cut)].split(cut)
@@ -283,7 +465,7 @@ def test_full_logits_never_exist(tmp_path, world):
     def largest(chunk):
         groups = [([5] * 8, [[7] * 56] * 8)]
         with Largest() as mode:
-            mogrpo.logp(policy, groups, 1.0, torch.device("cpu"), chunk).sum().backward()
+            mogrpo.logp(policy, groups, 1.0, CPU, chunk).sum().backward()
         return mode.size
     assert largest(10**6) >= 8 * 56 * 64     # all positions x vocabulary
     assert largest(16) <= 8 * 64 * 48        # no more than the network itself holds: rows x length x intermediate size
@@ -327,8 +509,8 @@ SAMPLES = [([{"role": "user", "content": f"w{i} w2"}], " ".join(f"w{(i * j) % 59
 def test_reward_model_learns_and_loads_in_stock(trained):
     path, table = trained
     assert all(row["pearson"] > 0.6 and row["n"] > 0 for row in table.values()), table
-    model = rm.RewardModel(path).eval()
-    ours = rm.score(model, SAMPLES, torch.device("cpu"))
+    model = rm.fill(rm.RewardModel(path), CPU).eval()
+    ours = rm.score(model, SAMPLES, CPU)
     stock = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     assert list(stock.config.id2label.values()) == ["early", "late"] == model.axes
@@ -342,10 +524,10 @@ def test_reward_model_learns_and_loads_in_stock(trained):
         assert {d["label"]: d["score"] for d in pipe([text])[0]} == pytest.approx(dict(zip(model.axes, row.tolist())), abs=1e-5)
 
 def test_score_does_not_depend_on_the_batch(trained):
-    model = rm.RewardModel(trained[0]).eval()
-    alone = torch.cat([rm.score(model, [s], torch.device("cpu")) for s in SAMPLES])
+    model = rm.fill(rm.RewardModel(trained[0]), CPU).eval()
+    alone = torch.cat([rm.score(model, [s], CPU) for s in SAMPLES])
     for tokens in (1, 64, 10**6):
-        assert torch.allclose(rm.score(model, SAMPLES, torch.device("cpu"), batch_tokens=tokens), alone, atol=1e-5)
+        assert torch.allclose(rm.score(model, SAMPLES, CPU, batch_tokens=tokens), alone, atol=1e-5)
 
 def test_unrated_rows_change_nothing_and_rare_axes_weigh_the_same(tmp_path, world, monkeypatch):
     sparse, backbone = ratings_file(tmp_path / "r.jsonl", n=240, sparse=True), folder_of(tmp_path / "b")
@@ -362,7 +544,7 @@ def test_unrated_rows_change_nothing_and_rare_axes_weigh_the_same(tmp_path, worl
     both = gradient(sparse)
     # By hand: the mean over an axis's rated rows, then over axes
     torch.manual_seed(0)
-    model = rm.RewardModel(backbone, ["early", "late"])
+    model = rm.fill(rm.RewardModel(backbone, ["early", "late"]), CPU)
     rows, labels, _ = rm.read_ratings(sparse, "", "0,1")
     error = 0.0
     predicted = model(**model.batch(model.encode(rows), "cpu")).sigmoid()
@@ -406,7 +588,7 @@ def test_score_command_keeps_the_rows(trained, tmp_path):
         f.writelines(json.dumps({"messages": m, "response": r, "id": i}) + "\n" for i, (m, r) in enumerate(SAMPLES))
     run_main(rm, f"--score={tmp_path}/s.jsonl", f"--reward_model={trained[0]}", f"--out={tmp_path}/out.jsonl")
     out = rows_of(tmp_path / "out.jsonl")
-    expected = rm.score(rm.RewardModel(trained[0]).eval(), SAMPLES, torch.device("cpu"))
+    expected = rm.score(rm.fill(rm.RewardModel(trained[0]), CPU).eval(), SAMPLES, CPU)
     assert [r["id"] for r in out] == list(range(17)) and [r["response"] for r in out] == [r for _, r in SAMPLES]
     assert torch.allclose(torch.tensor([list(r["scores"].values()) for r in out]), expected, atol=1e-5)
 
@@ -443,14 +625,14 @@ def test_default_run_improves_every_axis(toy, monkeypatch, capsys):
     for k in ("politeness", "meaningfulness", "actionability", "safety"):
         assert evals[1][f"true/{k}"] > evals[0][f"true/{k}"] + 0.05 and evals[1][f"eval/{k}"] > evals[0][f"eval/{k}"] + 0.05
     row = [r for r in rows_of("out/short/metrics.jsonl") if "loss" in r][0]
-    names = "loss reward reward_std conflict kl clip_frac grad_norm entropy length truncated lr sampler_gap tok_per_s peak_gb".split()
+    names = "loss reward reward_std conflict kl clip_frac grad_norm entropy length truncated lr sampler_gap tok_per_s mfu peak_gb".split()
     assert set(names + ["score/safety", "std/safety", "zero_std/safety", "sec/sample", "sec/score", "sec/train"]) <= set(row)
     assert abs(row["kl"]) < 1e-6 and row["clip_frac"] == 0 and row["sampler_gap"] < 1e-4  # rho is 1 and pi is pi_ref at first
     said = capsys.readouterr().out
     assert "before" in said and "out/short" in said and said.count("\nstep ") == 40
     stock = transformers.AutoModelForCausalLM.from_pretrained("out/short/policy")
     world = rm.join_world(alone=True)
-    policy = mogrpo.Policy("out/short/policy")
+    policy = rm.fill(mogrpo.Policy("out/short/policy"), CPU)
     ids = torch.tensor([[5, 9, 30, 41, 2]])
     assert torch.equal(stock(ids).logits, policy.lm(ids).logits)
     restored = rm.shard(mogrpo.Policy("out/toy/policy"), *world[2:])
@@ -520,36 +702,89 @@ def test_bfloat16_starts_at_the_reference(toy, monkeypatch):
     row = [r for r in rows_of("out/half/metrics.jsonl") if "loss" in r][0]
     assert row["kl"] == 0 and row["clip_frac"] == 0 and 0 < row["sampler_gap"] < 0.05
 
-def torchrun(n, *args, check=True):
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args],
-                          env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+WORKER = """
+import json, os, signal, sys
+sys.path.insert(0, HERE)
+import mogrpo, reward_model as rm
+world = rm.join_world("float64")          # one group for all runs: what differs is the algorithm, not the rounding
+mogrpo.join_world = lambda dtype: world
+real = mogrpo.group_metrics
+for stop_in, args in json.loads(sys.argv[1]):
+    steps = []
+    def group_metrics(*a):                # a signal that reaches one process only, in the middle of a step
+        steps.append(1)
+        if len(steps) == stop_in and world[0] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*a)
+    mogrpo.group_metrics = group_metrics
+    mogrpo.main(rm.parse(mogrpo.Config, args, mogrpo.__doc__, mogrpo.TOY))
+mogrpo.dist.barrier()
+os._exit(0)
+"""
 
-def test_any_number_of_processes_gives_the_same_run(toy, monkeypatch):
-    """1, 2 and 4 gloo processes, and a run that goes 1 -> 4 processes by --resume: same samples, same metrics, same policy."""
+def torchrun(processes, nodes, runs):
+    """All `runs`, [(stop in this step or 0, arguments), ...], by `nodes` agents on this machine with `processes` each."""
+    with open("worker.py", "w") as f:
+        f.write(WORKER.replace("HERE", repr(HERE)))
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={processes}",
+                                "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "worker.py", json.dumps(runs)],
+                               env={**env, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+              for _ in range(nodes)]
+    for agent in agents:
+        said, _ = agent.communicate()
+        assert agent.returncode == 0, said[-3000:]
+
+def test_any_number_of_processes_and_nodes_gives_the_same_run(toy, monkeypatch):
+    """1, 2, 4 and 2 nodes x 2 gloo processes (HSDP): same samples, metrics and weights after 3 steps, for full training and LoRA,
+    tied and untied; and a run that is stopped twice and goes on with other numbers of processes, 2 -> 1 -> 4."""
     monkeypatch.chdir(toy)
-    script = os.path.join(HERE, "mogrpo.py")
-    # float64 compute, so that what differs is the algorithm and not the rounding; 6 prompts do not divide by 4
-    common = [script, "--prompts_per_step=6", "--group_size=4", "--max_new_tokens=16", "--eval_samples=1", "--steps=3", "--dtype=float64",
-              "--micro_tokens=300"]
-    for n in (1, 2, 4):
-        torchrun(n, *common, f"--out_dir=out/n{n}")
-    stop_after(2, monkeypatch)
-    run_main(mogrpo, *common[1:], "--out_dir=out/n1to4")
-    torchrun(4, *common, "--out_dir=out/n1to4", "--resume")
-    metrics, samples = ({n: rows_of(f"out/n{n}/{f}.jsonl") for n in ("1", "2", "4", "1to4")} for f in ("metrics", "samples"))
-    texts = {n: [(r["step"], r["prompt"], [x["text"] for x in r["responses"]]) for r in rows] for n, rows in samples.items()}
-    policies = {n: transformers.AutoModelForCausalLM.from_pretrained(f"out/n{n}/policy") for n in metrics}
-    assert texts["1"] == texts["2"] == texts["4"] == texts["1to4"]
-    for n in ("2", "4", "1to4"):
-        for a, b in zip(without_time(metrics["1"]), without_time(metrics[n])):
-            assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
-        first, other = ([r for r in metrics[k] if "loss" in r][0] for k in ("1", n))
-        assert first["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
-        for p, q in zip(policies["1"].parameters(), policies[n].parameters()):
-            assert (p - q).norm() <= 1e-5 * p.norm()
+    # 6 prompts do not divide by 4
+    common = ["--prompts_per_step=6", "--group_size=4", "--max_new_tokens=16", "--eval_samples=1", "--steps=3", "--micro_tokens=300"]
+    t = transformers
+    t.Qwen3ForSequenceClassification(t.Qwen3Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=48, pad_token_id=0, num_labels=2, id2label={0: "good", 1: "kind"},
+        initializer_range=0.3)).save_pretrained("tiny/rm")
+    tiny_tokenizer().save_pretrained("tiny/rm")
+    with open("tiny/prompts.jsonl", "w") as f:
+        f.writelines(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(24))
+    variants = []
+    for tied in (True, False):
+        folder = folder_of(f"tiny/{tied}", tied=tied)
+        for lora in (0, 3):
+            variants.append((f"{tied}-{lora}", [*common, f"--policy={folder}", "--reward_model=tiny/rm", "--prompts=tiny/prompts.jsonl",
+                                                f"--lora_rank={lora}", f"--lr={3e-2 if lora else 3e-3}"]))
+    cut = [*common, "--out_dir=out/cut"]
+    for name, processes, nodes, extra in (("1", 1, 1, []), ("2", 2, 1, [(1, cut)]), ("4", 4, 1, []), ("2x2", 2, 2, [])):
+        torchrun(processes, nodes, [(0, [*common, f"--out_dir=out/n{name}-toy"]), *extra,
+                                    *((0, [*args, f"--out_dir=out/n{name}-{v}"]) for v, args in variants)])
+    torchrun(1, 1, [(1, [*cut, "--resume"])])
+    torchrun(4, 1, [(0, [*cut, "--resume"])])
+    for v in ("toy", *(v for v, _ in variants)):
+        one = f"out/n1-{v}"
+        for other in (f"out/n{n}-{v}" for n in ("2", "4", "2x2")):
+            same_run(one, other)
+    same_run("out/n1-toy", "out/cut")
+    start = {n: t.AutoModelForCausalLM.from_pretrained(f"tiny/{n}").state_dict() for n in ("True", "False")}
+    for v, _ in variants:  # they did train, and LoRA left all but the blocks' linear layers alone
+        end = t.AutoModelForCausalLM.from_pretrained(f"out/n4-{v}/policy").state_dict()
+        moved = {n for n, w in start[v.split("-")[0]].items() if not torch.equal(w, end[n])}
+        assert moved == {n for n in end if "0" in v.split("-")[1] or "proj" in n}, moved
+        assert os.path.exists(f"out/n4-{v}/adapter/adapter_config.json") == v.endswith("3")
+
+def same_run(one, other):
+    """Two runs' samples are equal, their metrics and their policies nearly."""
+    samples = [[(r["step"], r["prompt"], [x["text"] for x in r["responses"]]) for r in rows_of(f"{d}/samples.jsonl")] for d in (one, other)]
+    assert samples[0] == samples[1]
+    for a, b in zip(*(without_time(rows_of(f"{d}/metrics.jsonl")) for d in (one, other)), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+        assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-5)
+    a, b = (transformers.AutoModelForCausalLM.from_pretrained(f"{d}/policy").state_dict() for d in (one, other))
+    for name in a:
+        assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm(), (other, name)
 
 def test_bad_gradients_are_skipped_and_ten_stop_the_run(toy, monkeypatch, capsys):
     monkeypatch.chdir(toy)
@@ -598,7 +833,7 @@ def bench(tmp_path, monkeypatch):
     (["--lr=nan"], ["--lr=nan"]), (["--steps=2.5"], ["--steps", "2.5"]), (["--grup_size=4"], ["--grup_size=4"]), (["stray"], ["stray"]),
     (["--weights=good=nan"], ["--weights", "good=nan"]), (["--weights=nice=1"], ["nice", "good, kind"]), (["--weights=good"], ["--weights"]), (["--weights=good=0,kind=0"], ["--weights", "0"]),
     (["--combine=product"], ["--combine=product", "sum"]), (["--loss_norm=x"], ["--loss_norm=x", "sequence"]), (["--resume=maybe"], ["--resume"]),
-    (["--prompts=none.jsonl"], ["none.jsonl", "No such file"]), (["--policy=no/where/here"], ["no/where/here"]), (["--reward_model=policy"], ["policy", "id2label"]),
+    (["--prompts=none.jsonl"], ["none.jsonl", "No such file"]), (["--policy=no/where/here"], ["no/where/here"]), (["--reward_model=policy"], ["policy", "score.weight"]),
     (["--prompts_per_step=13"], ["prompts_per_step=13"]), (["--max_prompt_tokens=2"], ["0 prompts"]), (["--temperature=0"], ["--temperature=0"])])
 def test_bad_flags(bench, capsys, flags, parts):
     refused(capsys, lambda: run_main(mogrpo, *bench, *flags), *parts)
@@ -626,6 +861,11 @@ def test_bad_ratings(bench, capsys, row, parts):
     assert not os.path.exists("out")
 
 def test_spoiled_folders(bench, capsys):
+    shutil.copytree("rm", "unnamed")
+    with open("rm/config.json") as f, open("unnamed/config.json", "w") as g:
+        g.write(f.read().replace('"good"', '"LABEL_0"').replace('"kind"', '"LABEL_1"'))
+    refused(capsys, lambda: run_main(mogrpo, *bench, "--reward_model=unnamed"), "unnamed", "id2label")
+    dist.destroy_process_group()
     shutil.copytree("policy", "cut")
     with open("cut/model.safetensors", "r+b") as f:
         f.truncate(1000)
@@ -639,7 +879,7 @@ def test_earlier_runs_are_kept_and_damaged_checkpoints_refused(bench, capsys):
     for _ in range(3):
         run_main(mogrpo, *bench)
     assert {"mogrpo", "mogrpo.1", "mogrpo.2"} <= set(os.listdir("out"))
-    shard = "out/mogrpo/checkpoint/shard-0.safetensors"
+    shard = "out/mogrpo/checkpoint/shard-00001-model-00001-of-00001.safetensors"
     with open(shard, "r+b") as f:
         f.truncate(os.path.getsize(shard) - 100)
     before = sorted(os.listdir("out/mogrpo"))
@@ -649,7 +889,7 @@ def test_earlier_runs_are_kept_and_damaged_checkpoints_refused(bench, capsys):
     dist.destroy_process_group()
     folder_of("wider", kind="llama")
     shutil.copytree("out/mogrpo.1/checkpoint", "out/mogrpo/checkpoint", dirs_exist_ok=True)
-    refused(capsys, lambda: run_main(mogrpo, *bench, "--steps=2", "--resume", "--policy=wider"), "checkpoint", "another shape")
+    refused(capsys, lambda: run_main(mogrpo, *bench, "--steps=2", "--resume", "--policy=wider"), "checkpoint", "another model")
 
 def test_a_crash_while_saving_keeps_the_previous_checkpoint(bench, monkeypatch):
     run_main(mogrpo, *bench, "--steps=2", "--save_interval=1")
