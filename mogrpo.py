@@ -23,8 +23,7 @@ tools and multi-turn rollouts.
     python mogrpo.py --policy=Qwen/Qwen2.5-14B-Instruct --dry_run=8      # what it would take of each of 8 GPUs, without one
     torchrun mogrpo.py --resume                         # goes on where the last run stopped, on any number of processes
 
-Reading order: Config -> Policy -> sampling -> advantages -> objective -> checkpoints -> main, the loop. The reward model, the
-toy world and what the scripts share are in reward_model.py.
+Reading order: Config, policy, sampling, advantages, objective, checkpoints, memory plan, the loop; reward_model.py comes before.
 """
 import json, math, os, random, resource, shutil, signal, sys, time
 from contextlib import contextmanager
@@ -45,9 +44,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, GenerationConfig
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM,
+                          AutoModelForSequenceClassification, DynamicCache, DynamicLayer, GenerationConfig)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 @dataclass
 class Config:
@@ -80,7 +83,7 @@ class Config:
     grad_clip: float = 1.0        # largest gradient norm
     micro_tokens: int = 16384     # tokens of one forward and backward, padding included; bounds activation memory
     recompute: bool = True        # keep the blocks' inputs only and run them again in the backward pass: 1/3 more work
-    lora_rank: int = 0            # train low-rank adapters of this rank instead of all weights (they want about 20 times the lr)
+    lora_rank: int = 0            # train low-rank adapters of this rank instead of all weights; they want 5 to 20 times the lr
     lora_alpha: float = 32.0      # adapters are scaled by alpha / rank
     dtype: str = "auto"           # bfloat16 | float32 compute; auto: bfloat16 on GPU. Master weights stay float32
     hsdp: bool = True             # on several nodes shard inside a node and replicate across; False: over all, less memory
@@ -99,17 +102,14 @@ class Config:
             require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
         for name in "beta clip_low clip_high warmup eval_interval save_interval lora_rank dry_run".split():
             require(getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative")
-        require(self.group_size >= 2, f"--group_size={self.group_size}: a group of one is its own mean and teaches nothing; "
-                                      "take at least 2")
-        for name, known in (("combine", ("sum",)), ("loss_norm", ("sequence", "token", "constant")),
-                            ("dtype", DTYPES)):
+        require(self.group_size >= 2, f"--group_size={self.group_size}: a group of one teaches nothing; take at least 2")
+        for name, known in (("combine", ("sum",)), ("loss_norm", ("sequence", "token", "constant")), ("dtype", DTYPES)):
             require(getattr(self, name) in known, f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
         for pair in filter(None, self.weights.split(",")):
             require(is_number(pair.partition("=")[2]) and float(pair.partition("=")[2]) >= 0,
                     f"--weights: {pair}: expected axis=weight with a weight of at least 0")
         require(self.policy == "toy" or self.dry_run or "toy" not in (self.reward_model, self.prompts),
                 "with --policy, give --reward_model and --prompts, too")
-
 
 TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=8e-4, beta=0.08, recompute=False)  # defaults while --policy=toy
 CHUNK_LOGITS = 2**26  # logits that exist at a time when responses are scored: 256 MB in float32
@@ -124,16 +124,14 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.tokenizer = load(AutoModelForCausalLM, path)
         self.lm.eval()  # dropout would make rho differ from 1
+        if self.lm.config._attn_implementation == "sdpa":
+            self.lm.set_attn_implementation("folded")
         if os.path.exists(f"{self.lm.folder}/generation_config.json"):
             self.lm.generation_config = GenerationConfig.from_pretrained(self.lm.folder)  # may name several end tokens
         self.adapted = lora_rank > 0
-        if lora_rank:
-            add_lora(self, lora_rank, lora_alpha)
-        ends = [self.tokenizer.eos_token_id]
-        for config in (self.lm.generation_config, self.lm.config):
-            eos = getattr(config, "eos_token_id", None)
-            ends += eos if isinstance(eos, list) else [eos]
-        self.eos = sorted({e for e in ends if e is not None})
+        add_lora(self, lora_rank, lora_alpha) if lora_rank else None
+        named = [self.tokenizer.eos_token_id, self.lm.generation_config.eos_token_id, getattr(self.lm.config, "eos_token_id", None)]
+        self.eos = sorted({e for eos in named for e in (eos if isinstance(eos, list) else [eos]) if e is not None})
         require(self.eos, f"{path}: neither its tokenizer nor its config names an end-of-text token")
 
     def logits(self, hidden, temperature):
@@ -152,7 +150,6 @@ class Policy(nn.Module):
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=bool(cache), **cache).last_hidden_state
         if targets is None:
             return self.logits(hidden[:, -1], temperature)
-
         def logp_of(h, t):
             logits = self.logits(h, temperature)
             return logits.gather(-1, t[:, None]).squeeze(-1) - logits.logsumexp(-1)
@@ -182,14 +179,14 @@ def lora_forward(policy, m, x):
 def save_adapter(policy, path, base):
     """Write the adapter alone, in PEFT's format: `peft.PeftModel.from_pretrained(base_model, path)` loads it."""
     whole = {f"base_model.model.{n.removeprefix('lm.')}.weight": p.full_tensor().cpu() for n, p in policy.named_parameters() if "lora_" in n}
-    layers = {n: m for n, m in policy.lm.named_modules() if hasattr(m, "lora_A")}
+    layers = {n.rpartition(".")[2]: m for n, m in policy.lm.named_modules() if hasattr(m, "lora_A")}
     rank, scale = next((m.lora_A.shape[0], m.lora_scale) for m in layers.values())
     if dist.get_rank() == 0:
         os.makedirs(path, exist_ok=True)
         save_file(whole, f"{path}/adapter_model.safetensors", metadata={"format": "pt"})
         write_text(f"{path}/adapter_config.json", json.dumps(dict(
             peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=rank * scale, lora_dropout=0.0,
-            bias="none", target_modules=sorted({n.rpartition(".")[2] for n in layers}), inference_mode=True), indent=1))
+            bias="none", target_modules=sorted(layers), inference_mode=True), indent=1))
 
 def logp(policy, groups, temperature, device, chunk=None):
     """Log-probs of all response tokens of `groups`, [(prompt_ids, [response_ids, ...]), ...] -> logp_N, one flat vector.
@@ -242,6 +239,32 @@ def gathered(model):
         m.set_reshard_after_forward(m is not model, recurse=False)  # FSDP's default: the root stays until the backward
         m.reshard()
 
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values [B, heads, T, D], with room for 64 tokens more: the library's own copies them all for each token."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.keys, self.values, self.room, self.is_initialized = keys[:, :, :0], values[:, :, :0], [keys[:0]], True
+        n, t = self.keys.shape[2], keys.shape[2]
+        if len(self.room[0]) == len(keys) and self.room[0].shape[2] >= n + t:
+            for room, new in zip(self.room, (keys, values)):
+                room[:, :, n:n + t] = new
+        else:  # at first, when rows have left the batch, or when it is full
+            self.room = [torch.cat([old, new, new.new_empty(*new.shape[:2], 64, new.shape[3])], 2)
+                         for old, new in ((self.keys, keys), (self.values, values))]
+        self.keys, self.values = (room[:, :, :n + t] for room in self.room)
+        return self.keys, self.values
+
+def folded_attention(module, q, k, v, mask, scaling=None, **kwargs):
+    """The library's attention, but for one new token the heads that share keys and values stand as positions of one query, so
+    that a cache of grouped-query attention is read as it is and not first repeated for every head."""
+    if q.shape[2] > 1 or q.shape[1] == k.shape[1]:
+        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)
+    out = nn.functional.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, scale=scaling)
+    return out.reshape(len(q), 1, -1, v.shape[3]), None
+
+AttentionInterface.register("folded", folded_attention), AttentionMaskInterface.register("folded", sdpa_mask)
+
 def uniforms(keys, n):
     """One uniform number for each (response, position): u_BT in [0, 1), float64 on the CPU, row b from keys[b] alone.
 
@@ -275,6 +298,7 @@ def sample(policy, prompts, u_BT, temperature, device):
         row[:width - len(p)] = 0
     place_PL = (mask_BT[:, :width].cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=policy.lm.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # not sliding windows
     logits = policy(ids_PL, temperature, attention_mask=mask_BT[:, :width], position_ids=place_PL, past_key_values=cache)
     # Its cache is then shared out to the G responses of the group.
     cache.batch_repeat_interleave(B // P)
@@ -419,8 +443,7 @@ def save_checkpoint(folder, policy, optimizer, state):
         place[name] = 1 + size // 2**30
     dcp.save({n: t.detach() for n, t in parts.items()}, storage_writer=HuggingFaceStorageWriter(tmp, place, save_distributed=True))
     if rank == 0:
-        files = {f: os.path.getsize(f"{tmp}/{f}") for f in os.listdir(tmp)}
-        write_text(f"{tmp}/state.json", json.dumps({**state, "files": files}))
+        write_text(f"{tmp}/state.json", json.dumps({**state, "files": {f: os.path.getsize(f"{tmp}/{f}") for f in os.listdir(tmp)}}))
         if os.path.exists(folder):
             shutil.rmtree(f"{folder}.old", ignore_errors=True)
             os.rename(folder, f"{folder}.old")
@@ -437,8 +460,8 @@ def load_checkpoint(folder, policy, optimizer):
     try:
         with open(f"{folder}/state.json") as f:
             state = json.load(f)
-        for name, size in state.pop("files").items():  # a file that is missing would leave its rows unread, and nobody would know
-            require(os.path.exists(f"{folder}/{name}") and os.path.getsize(f"{folder}/{name}") == size, f"{folder}: damaged: {name} is cut or missing")
+        for name, size in state.pop("files").items():  # rows in a missing file would stay unread, and nobody would know
+            require(os.path.getsize(f"{folder}/{name}") == size, f"{folder}: the checkpoint is damaged: {name} is cut short")
         dcp.load(trained_tensors(policy, optimizer), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
         for moments in optimizer.state.values():
             moments["step"].fill_(state["updates"])
@@ -480,29 +503,28 @@ def memory_plan(cfg, gpus):
     dtype, row = DTYPES[cfg.dtype] or torch.bfloat16, cfg.max_prompt_tokens + cfg.max_new_tokens
     m, e = model_sizes(cfg.policy, AutoModelForCausalLM, row, dtype), dtype.itemsize
     judge = 0 if cfg.reward_model == "toy" else model_sizes(cfg.reward_model, AutoModelForSequenceClassification, row, dtype)["all"]
-    lora, full = cfg.lora_rank * m["linears"], cfg.lora_rank == 0
-    trained = m["all"] if full else lora
+    full, lora, trained = cfg.lora_rank == 0, cfg.lora_rank * m["linears"], cfg.lora_rank * m["linears"] or m["all"]
     rows = min(-(-cfg.prompts_per_step // gpus), max(1, cfg.sample_rows // cfg.group_size)) * cfg.group_size
-    head = getattr(m["text"], "head_dim", None) or m["text"].hidden_size // m["text"].num_attention_heads
-    cache = rows * row * m["depth"] * 2 * head * (getattr(m["text"], "num_key_value_heads", None) or m["text"].num_attention_heads) * e
+    text, heads = m["text"], m["text"].num_attention_heads
+    key = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    cache = rows * (row + -cfg.max_new_tokens % 64) * m["depth"] * 2 * key * e  # it grows by 64 tokens
     tokens = max(row, cfg.micro_tokens // row * row)
-    kept = tokens * (e * m["text"].hidden_size * m["depth"] + m["activations"] if cfg.recompute else m["activations"] * m["depth"])
-    logits = min(CHUNK_LOGITS, tokens * cfg.max_new_tokens // row * m["text"].vocab_size)
+    kept = tokens * (e * text.hidden_size * m["depth"] + m["activations"] if cfg.recompute else m["activations"] * m["depth"])
+    logits = min(CHUNK_LOGITS, tokens * cfg.max_new_tokens // row * text.vocab_size)
     table = {"weights, this GPU's shard": ((4 * trained + e * m["all"] * (not full)) / s,) * 2,
              "AdamW moments": (8 * trained / s,) * 2, "gradients": (0, 4 * trained / s),
              "reference": (e * m["all"] / s * (full and cfg.beta > 0),) * 2, "reward model": (e * judge / s,) * 2,
              "gathered weights": (e * max(m["all"] + lora, judge), e * (m["outside"] + 3 * m["block"])),  # root, block, next, buffer
              "gradients in flight": (0, full * (e * m["outside"] + (e + 8) * m["block"])),  # two reductions at once, in float32
-             "key-value cache": (cache * (1 + 0.5 / m["depth"]), 0),                        # one layer's keys are copied at a time
+             "key-value cache": (cache * (1 + 1 / m["depth"]), 0),                          # one layer is copied at a time
              "activations": (rows // cfg.group_size * row * m["activations"] / 2, max(kept, 4 * m["outside"] * full)),
-             "logits": (20 * rows * m["text"].vocab_size, 14 * logits),                     # bytes: float32 copies, a float64 CDF
+             "logits": (20 * rows * text.vocab_size, 14 * logits),                          # bytes: float32 copies, a float64 CDF
              "driver and kernels": (2**30, 2**30)}
     return {purpose: tuple(x / 2**30 for x in pair) for purpose, pair in table.items()}
 
 def dry_run(cfg):
     """Print the plan for `cfg.dry_run` GPUs; if it does not fit in `cfg.gpu_gb`, name the smallest change that would."""
-    def need(gpus=cfg.dry_run, **change):
-        return max(map(sum, zip(*memory_plan(replace(cfg, **change), gpus).values())))
+    need = lambda gpus=cfg.dry_run, **change: max(map(sum, zip(*memory_plan(replace(cfg, **change), gpus).values())))
     table = memory_plan(cfg, cfg.dry_run)
     say(f"{f'GiB on each of {cfg.dry_run} GPUs':<28}{'sampling':>9}{'update':>9}")
     for purpose, pair in [*table.items(), ("total", tuple(map(sum, zip(*table.values()))))]:
@@ -515,22 +537,20 @@ def dry_run(cfg):
     changes = [dict(recompute=True), *halved, dict(hsdp=False), dict(least, hsdp=False), dict(lora_rank=16), dict(least, lora_rank=16)]
     changes += [dict(gpus=cfg.dry_run * 2**n, hsdp=False) for n in range(1, 8)]
     best = next((c for c in changes if need(**c) <= cfg.gpu_gb), {})
-    die(f"{need():.1f} GiB a GPU do not fit in --gpu_gb={cfg.gpu_gb:g}; " + (
-        "this would: " * bool(best) + " ".join(f"--{k}={v}".replace("gpus", "dry_run") for k, v in best.items()) or "nor would any change known here"))
+    flags = " ".join(f"--{k}={v}".replace("gpus", "dry_run") for k, v in best.items())
+    die(f"{need():.1f} GiB a GPU do not fit in --gpu_gb={cfg.gpu_gb:g}; {f'this would: {flags}' if best else 'nor would any change known here'}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. The toy world, and the loop
 
 def toy_world(folder="out/toy"):
     """Build the toy world's folder, once: requests, a policy of mixed manners, noisy ratings, a reward model.
-    One process does it before it joins the others, who wait in `join_world`. What comes out are ordinary files and Hugging
-    Face folders: from here on nothing but `true_scores` knows that they are a toy."""
+    One process does it before it joins the others. From here on nothing but `true_scores` knows that the folders are a toy."""
     if os.path.exists(folder) or os.environ.get("RANK", "0") != "0":
         return
     say(f"building the toy world in {folder}, once: requests, a tiny policy of mixed manners, ratings, a reward model")
     tmp, rng, _ = f"{folder}.tmp", random.Random(0), torch.manual_seed(0)
-    shutil.rmtree(tmp, ignore_errors=True)
-    os.makedirs(tmp)
+    shutil.rmtree(tmp, ignore_errors=True), os.makedirs(tmp)
     dump = lambda name, rows: write_text(f"{tmp}/{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     asked = {"heldout_prompts": [], "prompts": []}  # held out: two (verb, noun) pairs of each verb, in all their wordings
     for verb, (nouns, *_) in REQUESTS.items():
@@ -554,7 +574,8 @@ def toy_world(folder="out/toy"):
         rated += zip(prompts, tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True))
     noisy = lambda s: None if rng.random() < 0.1 else round(min(1.0, max(0.0, rng.gauss(s, 0.1))), 2)
     dump("ratings", [{"prompt": p, "response": a, "scores": {k: noisy(s) for k, s in true_scores(p, a).items()}} for p, a in rated])
-    rm.train(rm.Config(**{**rm.TOY, "ratings": f"{tmp}/ratings.jsonl", "backbone": f"{tmp}/policy", "out_dir": f"{tmp}/reward_model"}), *join_world(alone=True))
+    rm.train(replace(rm.Config(**rm.TOY), ratings=f"{tmp}/ratings.jsonl", backbone=f"{tmp}/policy", out_dir=f"{tmp}/reward_model"),
+             *join_world(alone=True))
     dist.destroy_process_group()
     os.rename(tmp, folder)
 
@@ -577,13 +598,8 @@ def load_prompts(path, tokenizer, limit):
 
 def kept_lines(path, step):
     """The lines of a log up to `step`; later ones will be made again, and a run killed while writing leaves half a line."""
-    def keep(line):
-        try:
-            return json.loads(line)["step"] <= step
-        except ValueError:
-            return False
     with open(path, encoding="utf-8") as f:
-        return "".join(filter(keep, f))
+        return "".join(line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step)
 
 def group_metrics(scores_PGK, rewards_PG, axes, std_floor, device):
     """What the reward model saw this step, as means over all groups of all processes.
@@ -789,14 +805,10 @@ def main(cfg):
             report(cfg.out_dir, axes)
 
 def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product, the best of five: what this device does at most, measured rather than looked up."""
+    """FLOP/s of a large matrix product: what this device does at most, measured rather than looked up."""
     n = 8192 if device.type == "cuda" else 1024
-    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
-    for _ in range(5):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - begin)
-    return 2 * n**3 / min(seconds)
+    timer = Timer("a @ a", globals=dict(a=torch.randn(n, n, device=device, dtype=dtype)), num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.1).median
 
 def train_flops(policy, rows, cfg):
     """FLOP that an update on `rows`, [(prompt_ids, [response_ids, ...]), ...], must do: 2 a weight and token forward, 4 backward
@@ -810,10 +822,9 @@ def train_flops(policy, rows, cfg):
     return forward * (cfg.epochs * (2 if cfg.lora_rank else 3) + (cfg.beta > 0))
 
 def peak_gb(device):
-    """Most memory this process has held: of the GPU's, or without one the host's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Most memory this process has held, in GiB: of the GPU's, or without one the host's."""
+    cuda = device.type == "cuda"
+    return torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 def report(out_dir, axes):
     """The end of a run: held-out scores before and after, three prompts with both answers, where everything is."""
@@ -821,15 +832,13 @@ def report(out_dir, axes):
     samples = [r for _, r in read_jsonl(f"{out_dir}/samples.jsonl") if r["heldout"]]
     if len(evals) > 1:
         first, last = evals[0], evals[-1]
-        truth = f"true/{axes[0]}" in first
-        say("\nheld-out prompts     learned score" + "           true score" * truth)
-        say("                    before   after" + "       before   after" * truth)
-        for k in axes:
-            say(f"  {k:<17} {first[f'eval/{k}']:>6.3f}  {last[f'eval/{k}']:>6.3f}" +
-                (f"       {first[f'true/{k}']:>6.3f}  {last[f'true/{k}']:>6.3f}" if truth else ""))
-        mean = lambda row, kind: sum(row[f"{kind}/{k}"] for k in axes) / len(axes)
-        say(f"  {'mean':<17} {mean(first, 'eval'):>6.3f}  {mean(last, 'eval'):>6.3f}" +
-            (f"       {mean(first, 'true'):>6.3f}  {mean(last, 'true'):>6.3f}" if truth else ""))
+        kinds = ["eval", "true"] if f"true/{axes[0]}" in first else ["eval"]
+        say("\nheld-out prompts     learned score" + "           true score" * (len(kinds) > 1))
+        say("                  " + "  before   after     " * len(kinds))
+        for r in (first, last):
+            r.update({f"{kind}/mean": sum(r[f"{kind}/{k}"] for k in axes) / len(axes) for kind in kinds})
+        for k in [*axes, "mean"]:
+            say(f"  {k:<16}" + "     ".join(f"{first[f'{kind}/{k}']:>8.3f}{last[f'{kind}/{k}']:>8.3f}" for kind in kinds))
         after = {r["prompt"]: r for r in samples if r["step"] == last["step"]}
         before = [r for r in samples if r["step"] == first["step"]]
         for r in before[::max(1, len(before) // 3)][:3]:
