@@ -59,7 +59,7 @@ def mean_and_interval(x_P):
 def compare(values_P, base_P):
     """One axis of one policy against the baseline, both the prompts' means: mean, paired difference, win rate (a tie is half)."""
     mean, half = mean_and_interval(values_P)
-    gain, gain_half = mean_and_interval(values_P - base_P)
+    gain, gain_half = mean_and_interval(values_P - base_P)  # paired: what a prompt adds to both cancels
     wins = ((values_P - base_P > 1e-6).double() + 0.5 * ((values_P - base_P).abs() <= 1e-6)).mean().item()
     return dict(mean=mean, ci=half, gain=gain, gain_ci=gain_half, win=wins)
 
@@ -69,10 +69,10 @@ def compare(values_P, base_P):
 
 def answer(path, file, reward_model, cfg, rank, world, device, dtype):
     """All processes: the answers of the policy at `path` to the prompts of `file` -> a list of dicts, one a prompt."""
-    policy = shard(Policy(path).requires_grad_(False), device, dtype)
+    policy = shard(Policy(path).requires_grad_(False), device, dtype)  # frozen: bfloat16 shards on GPU
     prompts = load_prompts(file, policy.tokenizer, cfg.max_prompt_tokens)  # by each policy's own tokenizer and chat template
     require(prompts, f"{file}: no prompt is short enough for --max_prompt_tokens={cfg.max_prompt_tokens}")
-    mine = prompts[rank::world]
+    mine = prompts[rank::world]  # each process its share
     groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.samples, cfg,
                          device)
     return collect([{**{k: g[k] for k in ("index", "messages", "tag", "text", "ended")}, "scores": g["scores_GK"].tolist(),
@@ -106,7 +106,7 @@ def main(cfg):
                                                        world, device, dtype)}
 
     # 2. What is compared: each prompt's mean over its samples, on the prompts that all policies could read
-    common = sorted(set.intersection(*map(set, answers.values())))
+    common = sorted(set.intersection(*map(set, answers.values())))  # tokenizers differ, and so do limits
     require(common, "no prompt is short enough for all policies")
     measures = {name: {} for name in policies}
     for name, of in answers.items():
@@ -123,12 +123,12 @@ def main(cfg):
     base, result = next(iter(policies)), {}
     tags = [answers[base][i]["tag"] for i in common]
     for tag in ["all", *sorted({t for t in tags if t is not None}, key=str)]:
-        mine = torch.tensor([tag in ("all", t) for t in tags])
+        mine = torch.tensor([tag in ("all", t) for t in tags])  # a mask over the common prompts
         result[str(tag)] = {m: {name: compare(measures[name][m][mine], measures[base][m][mine]) for name in policies}
                             for m in measures[base]}
         show(f"{tag}: {int(mine.sum())} prompts x {cfg.samples} samples; gain over {base}, paired by prompt", result[str(tag)])
     if rank == 0:
-        fresh_folder(cfg.out_dir)
+        fresh_folder(cfg.out_dir)  # only now: a run that fails leaves nothing behind
         clean = json.loads(json.dumps(result), parse_constant=lambda _: None)  # nan (a single prompt's interval) is not JSON
         write_text(f"{cfg.out_dir}/eval.json", json.dumps({"policies": policies, "config": asdict(cfg), "table": clean}, indent=1))
         write_text(f"{cfg.out_dir}/samples.jsonl", "".join(json.dumps(

@@ -163,14 +163,14 @@ def add_lora(policy, rank, alpha):
 
     W is frozen, so it needs neither float32 copy, gradient nor moments, and with `policy.adapted = False` the same weights
     are the reference. B starts at 0: the first step begins exactly at the reference."""
-    policy.requires_grad_(False)
+    policy.requires_grad_(False)  # frozen weights are sharded in bfloat16 and get no gradient (see `shard`)
     linears = [m for m in blocks(policy).modules() if isinstance(m, nn.Linear)]
     require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear to adapt")
     for m in linears:
-        m.lora_A = nn.Parameter(torch.empty(rank, m.in_features, device="meta"))
-        m.lora_B = nn.Parameter(torch.empty(m.out_features, rank, device="meta"))
+        m.lora_A = nn.Parameter(torch.empty(rank, m.in_features, device="meta"))  # drawn in `fill`
+        m.lora_B = nn.Parameter(torch.empty(m.out_features, rank, device="meta"))  # starts at 0
         m.lora_scale = alpha / rank
-        m.forward = partial(lora_forward, policy, m)
+        m.forward = partial(lora_forward, policy, m)  # the weight keeps its name and place, so loading and saving need no renaming
 
 def lora_forward(policy, m, x):
     y = nn.functional.linear(x, m.weight, m.bias)
@@ -194,12 +194,12 @@ def logp(policy, groups, temperature, device, chunk=None):
     Rows are prompt + response, padded on the right: under causal attention what comes last is seen by nothing before it,
     so no mask is needed (and the flash kernel is used). Everything per token in this file is such a flat vector N over
     (group, response, position): no padding to mask, and the end-of-text token counts like any other."""
-    rows = [(prompt, response) for prompt, responses in groups for response in responses]
+    rows = [(prompt, response) for prompt, responses in groups for response in responses]  # B rows
     width = max(len(p) + len(r) for p, r in rows)
     input_ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows], device=device)
     positions = torch.tensor([i * width + len(p) - 1 + t for i, (p, r) in enumerate(rows) for t in range(len(r))], device=device)
-    targets = torch.tensor([token for _, r in rows for token in r], device=device)
-    return policy(input_ids, temperature, targets, positions, chunk)
+    targets = torch.tensor([token for _, r in rows for token in r], device=device)  # N: all response tokens
+    return policy(input_ids, temperature, targets, positions, chunk)  # through forward: FSDP gathers nothing for calls that go around it
 
 def check_support(policy, device, dtype):
     """Refuse a model whose sampler, scorer and stock logits are not one distribution, before hours go into it.
@@ -207,7 +207,7 @@ def check_support(policy, device, dtype):
     Right padding, left padding, the cache and our own use of the head assume things of an architecture (causal attention
     with positions, logits = head(hidden)). Two short prompts show whether they hold."""
     vocab = policy.lm.config.get_text_config().vocab_size
-    prompts = [[i % vocab for i in range(3, 3 + n)] for n in (3, 7)]
+    prompts = [[i % vocab for i in range(3, 3 + n)] for n in (3, 7)]  # of different length: one is padded
     try:
         with gathered(policy):
             responses, sampled = sample(policy, prompts, torch.full((2, 6), 0.5), 1.0, device)
@@ -229,15 +229,15 @@ def gathered(model):
     """Inside, every process holds all of `model`, gathered once, and no forward needs a collective (no gradients here).
     So processes may run different numbers of forwards: their responses end at different lengths. Gathering every layer for
     every sampled token, as a sharded model does by itself, would cost layers x tokens collectives instead of layers."""
-    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]  # the root and its blocks
     for m in groups:
-        m.unshard()
-        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()  # one all-gather each: the only collectives of a rollout
+        m.set_reshard_after_forward(False, recurse=False)  # or the first forward would drop it again
     with torch.no_grad():
         yield
     for m in groups:
         m.set_reshard_after_forward(m is not model, recurse=False)  # FSDP's default: the root stays until the backward
-        m.reshard()
+        m.reshard()  # frees the copy before the update needs the memory
 
 class GrowingLayer(DynamicLayer):
     """A layer's keys and values [B, heads, T, D], with room for 64 tokens more: the library's own copies them all for each token."""
@@ -245,23 +245,23 @@ class GrowingLayer(DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.keys, self.values, self.room, self.is_initialized = keys[:, :, :0], values[:, :, :0], [keys[:0]], True
-        n, t = self.keys.shape[2], keys.shape[2]
+        n, t = self.keys.shape[2], keys.shape[2]  # tokens held, tokens new
         if len(self.room[0]) == len(keys) and self.room[0].shape[2] >= n + t:
             for room, new in zip(self.room, (keys, values)):
-                room[:, :, n:n + t] = new
+                room[:, :, n:n + t] = new  # in place: the one copy a token costs
         else:  # at first, when rows have left the batch, or when it is full
             self.room = [torch.cat([old, new, new.new_empty(*new.shape[:2], 64, new.shape[3])], 2)
                          for old, new in ((self.keys, keys), (self.values, values))]
-        self.keys, self.values = (room[:, :, :n + t] for room in self.room)
+        self.keys, self.values = (room[:, :, :n + t] for room in self.room)  # views
         return self.keys, self.values
 
 def folded_attention(module, q, k, v, mask, scaling=None, **kwargs):
     """The library's attention, but for one new token the heads that share keys and values stand as positions of one query, so
     that a cache of grouped-query attention is read as it is and not first repeated for every head."""
     if q.shape[2] > 1 or q.shape[1] == k.shape[1]:
-        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)  # prefill, scoring, plain heads
     out = nn.functional.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, scale=scaling)
-    return out.reshape(len(q), 1, -1, v.shape[3]), None
+    return out.reshape(len(q), 1, -1, v.shape[3]), None  # [B, 1, heads, D]; no attention weights are kept
 
 AttentionInterface.register("folded", folded_attention), AttentionMaskInterface.register("folded", sdpa_mask)
 
@@ -270,14 +270,14 @@ def uniforms(keys, n):
 
     A response's randomness is a function of (seed, step, prompt, sample), so what is sampled depends neither on the
     number of processes, nor on batching, nor on which neighbours have finished; and a resumed run needs no saved state."""
-    g = torch.Generator()
+    g = torch.Generator()  # on the CPU: its stream is the same on every machine
     draw = lambda key: torch.rand(n, dtype=torch.float64, generator=g.manual_seed(
         int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest(), "big")))
     return torch.stack([draw(key) for key in keys])
 
 def pick(logits_BV, u_B):
     """Next tokens and their log-probs: the inverse CDF of softmax(logits) at u; a negative u asks for the argmax."""
-    logp_BV = logits_BV.log_softmax(-1)
+    logp_BV = logits_BV.log_softmax(-1)  # float32, whatever the weights are in
     cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)  # float64: over 150,000 tokens float32 would lose the tail
     token_B = torch.searchsorted(cdf_BV, (u_B * cdf_BV[:, -1])[:, None], right=True).squeeze(-1)
     token_B = torch.where(u_B < 0, logits_BV.argmax(-1), token_B.clamp(max=logits_BV.shape[-1] - 1))
@@ -289,43 +289,43 @@ def sample(policy, prompts, u_BT, temperature, device):
 
     -> (responses: B lists of token ids, each up to and including its end-of-text token or cut at T; their log-probs under
     the sampler: B float tensors on the CPU). No collective is called inside: processes may stop at different lengths."""
-    (B, T), P = u_BT.shape, len(prompts)
+    (B, T), P = u_BT.shape, len(prompts)  # T: most new tokens
     width = max(map(len, prompts))
     # Prefill: each prompt once, padded on the left so that all of them end, and all answers begin, in one column.
     ids_PL = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask_BT = torch.ones(P, width + T, dtype=torch.long, device=device)
     for row, p in zip(mask_BT, prompts):
-        row[:width - len(p)] = 0
-    place_PL = (mask_BT[:, :width].cumsum(-1) - 1).clamp(min=0)
+        row[:width - len(p)] = 0  # padding is known by position, not by token
+    place_PL = (mask_BT[:, :width].cumsum(-1) - 1).clamp(min=0)  # a prompt's first token is at place 0, padded or not
     cache = DynamicCache(config=policy.lm.config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # not sliding windows
     logits = policy(ids_PL, temperature, attention_mask=mask_BT[:, :width], position_ids=place_PL, past_key_values=cache)
     # Its cache is then shared out to the G responses of the group.
-    cache.batch_repeat_interleave(B // P)
+    cache.batch_repeat_interleave(B // P)  # G times less prefill than sampling each response by itself
     logits, mask_BT, place_B = (x.repeat_interleave(B // P, 0) for x in (logits, mask_BT, place_PL[:, -1]))
     tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     logp_BT = torch.zeros(B, T, device=device)
     u_BT, ends = u_BT.to(device), torch.tensor(policy.eos, device=device)
     alive, done = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)  # rows still decoded
     for t in range(T):
-        token, lp = pick(logits, u_BT[alive, t])
+        token, lp = pick(logits, u_BT[alive, t])  # alive: the rows of the batch, as indices into B
         tokens_BT[alive, t], logp_BT[alive, t] = token, lp.to(logp_BT.dtype)
-        done |= torch.isin(token, ends)
+        done |= torch.isin(token, ends)  # rows that have ended go on unheeded until the next count
         if t + 1 == T:
             break
         if t % 4 == 3:  # counting who is left waits for the GPU, so not at every token
-            left = int((~done).sum())
+            left = int((~done).sum())  # a CPU-GPU sync point
             if not left:
                 break
             if 2 * left <= len(alive):  # half the batch has ended: go on with the rest alone
                 keep = (~done).nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
+                cache.batch_select_indices(keep)  # copies what is kept, at most log2(B) times a rollout
                 alive, done, token, mask_BT, place_B = (x[keep] for x in (alive, done, token, mask_BT, place_B))
         place_B = place_B + 1
         logits = policy(token[:, None], temperature, attention_mask=mask_BT[:, :width + t + 1], position_ids=place_B[:, None],
                         past_key_values=cache)
     tokens, ended = tokens_BT.cpu(), torch.isin(tokens_BT, ends).cpu()
-    lengths = [int(e.int().argmax()) + 1 if e.any() else T for e in ended]
+    lengths = [int(e.int().argmax()) + 1 if e.any() else T for e in ended]  # up to and including the first end token
     return [row[:n].tolist() for row, n in zip(tokens, lengths)], [row[:n] for row, n in zip(logp_BT.cpu(), lengths)]
 
 def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
@@ -334,12 +334,12 @@ def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
     `prompts`: dicts with messages and ids; `keys`: one a prompt, for `uniforms`. Each group gets `responses` (ids), `sampled`
     (their log-probs), `text`, `scores_GK` and `ended`; also the seconds spent sampling and scoring."""
     groups, start = [], time.perf_counter()
-    at_once = max(1, cfg.sample_rows // samples)
+    at_once = max(1, cfg.sample_rows // samples)  # prompts; what is sampled does not depend on it
     with gathered(policy):
         for i in range(0, len(prompts), at_once):
             part = prompts[i:i + at_once]
             u = uniforms([(*key, g) for key in keys[i:i + at_once] for g in range(samples)], cfg.max_new_tokens)
-            u = u if cfg.temperature else u.fill_(-1)
+            u = u if cfg.temperature else u.fill_(-1)  # temperature 0, for eval.py: the likeliest token
             responses, sampled = sample(policy, [p["ids"] for p in part], u, cfg.temperature or 1.0, device)
             for j, p in enumerate(part):
                 mine = slice(j * samples, (j + 1) * samples)
@@ -347,7 +347,7 @@ def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
                                    ended=[r[-1] in policy.eos for r in responses[mine]],
                                    text=policy.tokenizer.batch_decode(responses[mine], skip_special_tokens=True)))
     middle = time.perf_counter()
-    with gathered(reward_model):
+    with gathered(reward_model):  # after the policy's copy is gone: the two never stand in memory together
         scores = score(reward_model, [(g["messages"], text) for g in groups for text in g["text"]], device)
     for g, s_GK in zip(groups, scores.split(samples)):
         g["scores_GK"] = s_GK
@@ -362,8 +362,8 @@ def advantages(scores_PGK, weights_K, std_floor):
     First the weighted sum over axes, then the normalisation over the group. A learned score is noise below some spread:
     dividing by a tiny std would turn rewards 0.50000 and 0.50001 into advantages of -1 and +1 (verl issue 6348), so the std
     is floored; and a group that differs on no axis at all gets exactly 0, not the rounding error of its mean."""
-    rewards_PG = (scores_PGK * weights_K).sum(-1)
-    centered_PG = rewards_PG - rewards_PG.mean(-1, keepdim=True)
+    rewards_PG = (scores_PGK * weights_K).sum(-1)  # the weights come before the normalisation, so they matter
+    centered_PG = rewards_PG - rewards_PG.mean(-1, keepdim=True)  # the mean of the group stands in for a critic
     advantages_PG = centered_PG / rewards_PG.std(-1, keepdim=True, correction=0).clamp(min=std_floor)
     signal_P11 = scores_PGK.std(1, correction=0).amax(-1) > 1e-6  # the same text, scored in two batches, differs by 1e-7
     return rewards_PG, torch.where(signal_P11[:, None], advantages_PG, 0.0)
@@ -380,14 +380,14 @@ def token_weights(groups, norm, max_new_tokens, responses, tokens):
     per_response = {"sequence": 1.0 / (lengths.double() * responses),              # GRPO: mean over tokens, then over responses
                     "token": torch.ones(len(lengths)).double() / tokens,          # DAPO: long responses weigh more
                     "constant": torch.ones(len(lengths)).double() / (responses * max_new_tokens)}[norm]  # Dr. GRPO
-    return per_response.repeat_interleave(lengths)
+    return per_response.repeat_interleave(lengths)  # flat_N, as `logp` orders its tokens
 
 def objective(logp, old_logp, ref_logp, advantage, weight, cfg):
     """Loss of N tokens (arguments are flat_N) -> its weighted sum; for the log: weighted KL, weighted share of clipped tokens."""
-    ratio = (logp - old_logp).exp()
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    ratio = (logp - old_logp).exp()  # 1 in the first inner epoch, but its gradient is not 0
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside: a token moves only so far a rollout
     gain = torch.min(ratio * advantage, clipped * advantage)  # pessimistic: clipping never hides a loss
-    d = ref_logp - logp
+    d = ref_logp - logp  # Schulman's k3: its mean over samples of pi is KL(pi, pi_ref), with less variance than -d
     k3 = d.exp() - d - 1
     was_clipped = ratio * advantage > clipped * advantage
     return ((cfg.beta * k3 - gain) * weight).sum(), (k3 * weight).sum().detach(), (was_clipped * weight).sum()
@@ -400,7 +400,7 @@ def micro_batches(groups, budget):
     pieces, batches = [], []
     for g in groups:
         width, G = len(g["ids"]) + max(map(len, g["responses"])), len(g["responses"])
-        step = max(1, min(G, budget // width))
+        step = max(1, min(G, budget // width))  # rows of this group that fit in one micro-batch
         pieces += [(width, g, slice(i, min(i + step, G))) for i in range(0, G, step)]
     used, room = math.inf, 0
     for width, g, part in sorted(pieces, key=lambda p: -p[0]):
@@ -410,7 +410,7 @@ def micro_batches(groups, budget):
             used, room = 0, budget // width  # rows of the batch's longest width that fit
         used += n
         batch, responses = batches[-1], g["responses"][part]
-        batch["rows"].append((g["ids"], responses))
+        batch["rows"].append((g["ids"], responses))  # whole groups where possible: they share a prompt
         batch["sampled"] += g["sampled"][part]
         batch["advantage"] += [a.expand(len(r)) for a, r in zip(g["advantages_G"][part], responses)]  # one value, every token
     return [{k: v if k == "rows" else torch.cat(v) for k, v in batch.items()} for batch in batches]
@@ -422,7 +422,7 @@ def trained_tensors(policy, optimizer):
     """What training changes: trainable weights and their AdamW moments, by name; moments that are still to come are made as 0."""
     state = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     for name, p in list(state.items()):
-        moments = optimizer.state[p]
+        moments = optimizer.state[p]  # an empty dict before the first update
         for kind in ("exp_avg", "exp_avg_sq"):
             state[f"{name}.{kind}"] = moments.setdefault(kind, torch.zeros_like(p))
         moments.setdefault("step", torch.tensor(0.0))
@@ -464,7 +464,7 @@ def load_checkpoint(folder, policy, optimizer):
             require(os.path.getsize(f"{folder}/{name}") == size, f"{folder}: the checkpoint is damaged: {name} is cut short")
         dcp.load(trained_tensors(policy, optimizer), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
         for moments in optimizer.state.values():
-            moments["step"].fill_(state["updates"])
+            moments["step"].fill_(state["updates"])  # AdamW's bias correction counts them
     except (OSError, ValueError, KeyError, SafetensorError, dcp.CheckpointException) as e:
         die(f"{folder}: the checkpoint is damaged or of another model: {str(e).strip().splitlines()[-1]}")
     return state
@@ -480,7 +480,7 @@ def model_sizes(path, auto_class, row, dtype):
     The model is made, and run once, of fake tensors: they have shapes but no memory, so its activations are counted, not guessed."""
     saved = {}
     def keep(t):
-        saved[t.untyped_storage()._cdata] = t
+        saved[t.untyped_storage()._cdata] = t  # by storage: views of one tensor count once; and kept alive, so that no two share an address
         return t
     with FakeTensorMode():
         try:
@@ -491,7 +491,7 @@ def model_sizes(path, auto_class, row, dtype):
             model.base_model(input_ids=torch.zeros(1, row, dtype=torch.long), **({"use_cache": False} if model.can_generate() else {}))
     weights, stack = {p.untyped_storage()._cdata: p.numel() for p in model.parameters()}, blocks(model)
     whole, inside = sum(weights.values()), sum(p.numel() for p in stack.parameters())
-    activations = sum(t.untyped_storage().nbytes() for k, t in saved.items() if k not in weights)
+    activations = sum(t.untyped_storage().nbytes() for k, t in saved.items() if k not in weights)  # weights are saved, too
     return dict(text=model.config.get_text_config(), depth=len(stack), all=whole, block=inside // len(stack), outside=whole - inside,
                 linears=sum(m.in_features + m.out_features for m in stack.modules() if isinstance(m, nn.Linear)),
                 activations=activations / len(stack) / row)
@@ -508,7 +508,7 @@ def memory_plan(cfg, gpus):
     text, heads = m["text"], m["text"].num_attention_heads
     key = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     cache = rows * (row + -cfg.max_new_tokens % 64) * m["depth"] * 2 * key * e  # it grows by 64 tokens
-    tokens = max(row, cfg.micro_tokens // row * row)
+    tokens = max(row, cfg.micro_tokens // row * row)  # of a micro-batch of the longest rows
     kept = tokens * (e * text.hidden_size * m["depth"] + m["activations"] if cfg.recompute else m["activations"] * m["depth"])
     logits = min(CHUNK_LOGITS, tokens * cfg.max_new_tokens // row * text.vocab_size)
     table = {"weights, this GPU's shard": ((4 * trained + e * m["all"] * (not full)) / s,) * 2,
@@ -535,8 +535,8 @@ def dry_run(cfg):
     least = dict(micro_tokens=cfg.max_prompt_tokens + cfg.max_new_tokens, sample_rows=cfg.group_size)
     halved = [{k: max(least[k], getattr(cfg, k) >> n) for k in keys} for n in range(1, 9) for keys in (("micro_tokens",), ("sample_rows",), least)]
     changes = [dict(recompute=True), *halved, dict(hsdp=False), dict(least, hsdp=False), dict(lora_rank=16), dict(least, lora_rank=16)]
-    changes += [dict(gpus=cfg.dry_run * 2**n, hsdp=False) for n in range(1, 8)]
-    best = next((c for c in changes if need(**c) <= cfg.gpu_gb), {})
+    changes += [dict(gpus=cfg.dry_run * 2**n, hsdp=False) for n in range(1, 8)]  # dearest last
+    best = next((c for c in changes if need(**c) <= cfg.gpu_gb), {})  # the list goes from what costs nothing to what costs most
     flags = " ".join(f"--{k}={v}".replace("gpus", "dry_run") for k, v in best.items())
     die(f"{need():.1f} GiB a GPU do not fit in --gpu_gb={cfg.gpu_gb:g}; {f'this would: {flags}' if best else 'nor would any change known here'}")
 
@@ -582,7 +582,7 @@ def toy_world(folder="out/toy"):
 def total(values, device):
     """Sum a list of numbers over all processes, in float64."""
     t = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(t)
+    dist.all_reduce(t)  # also the moment at which all processes wait for the slowest
     return t.tolist()
 
 def load_prompts(path, tokenizer, limit):
@@ -606,8 +606,8 @@ def group_metrics(scores_PGK, rewards_PG, axes, std_floor, device):
 
     std, zero_std: spread within a group, and the share of groups that an axis leaves without a signal above `std_floor`;
     conflict: the share of responses that are above their group's mean on one axis and below it on another."""
-    std_PK = scores_PGK.std(1, correction=0)
-    off_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)
+    std_PK = scores_PGK.std(1, correction=0)  # within each group
+    off_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)  # above or below its group, by axis
     conflict_P = ((off_PGK > std_floor).any(-1) & (off_PGK < -std_floor).any(-1)).float().mean(-1)
     columns = torch.cat([torch.ones(len(std_PK), 1), rewards_PG.mean(1, keepdim=True), rewards_PG.std(1, correction=0, keepdim=True),
                          scores_PGK.mean(1), std_PK, (std_PK < std_floor).float(), conflict_P[:, None]], 1)
@@ -619,11 +619,11 @@ def main(cfg):
     # 1. Processes; signals to stop are heeded between two steps
     if cfg.policy == "toy":
         toy_world()
-    place = lambda given, name: f"out/toy/{name}" if given == "toy" else given
+    place = lambda given, name: f"out/toy/{name}" if given == "toy" else given  # the toy world is folders like any other
     if cfg.dry_run:
         return dry_run(replace(cfg, policy=place(cfg.policy, "policy")))
     rank, world, device, dtype = join_world(cfg.dtype)
-    stop = []
+    stop = []  # signals received; a handler must not do more than note them
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda number, frame: stop.append(number))
     is_toy = cfg.prompts == "toy"
@@ -631,12 +631,12 @@ def main(cfg):
     # 2. Models: the policy in training, its frozen copy as reference, the reward model
     torch.manual_seed(cfg.seed)  # LoRA's A starts the same on every process
     policy = shard(Policy(place(cfg.policy, "policy"), cfg.lora_rank, cfg.lora_alpha), device, dtype, cfg.recompute, cfg.hsdp)
-    reference = None
+    reference = None  # none for beta = 0: its memory and its forward are saved
     if cfg.beta and not cfg.lora_rank:  # with LoRA it is the policy without its adapter
         reference = shard(Policy(place(cfg.policy, "policy")).requires_grad_(False), device, dtype, hsdp=cfg.hsdp)
     reward_model = shard(RewardModel(place(cfg.reward_model, "reward_model")).eval().requires_grad_(False), device, dtype, hsdp=cfg.hsdp)
-    check_support(policy, device, dtype)
-    axes = reward_model.axes
+    check_support(policy, device, dtype)  # a second, before hours
+    axes = reward_model.axes  # K names, from the folder
     weight_of = {k: float(w) for k, _, w in (pair.partition("=") for pair in cfg.weights.split(",") if pair)}
     for k in weight_of:
         require(k in axes, f"--weights: the reward model has no axis {k}; it has {', '.join(axes)}")
@@ -656,7 +656,7 @@ def main(cfg):
     # 4. Optimizer, output folder, and where an interrupted run left off
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    state = dict(step=0, updates=0, skipped=0)
+    state = dict(step=0, updates=0, skipped=0)  # all that a checkpoint needs besides tensors
     path = lambda name: os.path.join(cfg.out_dir, name)
     found = find_checkpoint(path("checkpoint")) if cfg.resume else None
     if found:
@@ -677,7 +677,7 @@ def main(cfg):
                 f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
 
     def reference_logp(groups):
-        policy.adapted = False
+        policy.adapted = False  # the base model, bit for bit: LoRA's reference costs no memory
         logp_N = logp(reference or policy, groups, cfg.temperature, device)
         policy.adapted = cfg.lora_rank > 0
         return logp_N
@@ -690,7 +690,7 @@ def main(cfg):
 
     def evaluate(step):
         """Mean scores of the held-out prompts' answers; the same random numbers every time, so that steps compare."""
-        mine = held[rank::world]
+        mine = held[rank::world]  # each process its share; `total` brings the sums together
         groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.eval_samples, cfg,
                              device)
         log_samples(step, groups, True)
@@ -728,7 +728,7 @@ def main(cfg):
         rewards_PG, advantages_PG = advantages(scores_PGK, weights_K, cfg.std_floor)
         for g, advantages_G in zip(groups, advantages_PG):
             g["advantages_G"] = advantages_G
-        batches = micro_batches(groups, cfg.micro_tokens)
+        batches = micro_batches(groups, cfg.micro_tokens)  # longest rows first
         lengths = [len(r) for g in groups for r in g["responses"]]
         responses, tokens, ended, flops = total([len(lengths), sum(lengths), sum(sum(g["ended"]) for g in groups),
                                                  train_flops(policy, [(g["ids"], g["responses"]) for g in groups], cfg)], device)
@@ -755,7 +755,7 @@ def main(cfg):
                 loss, kl, clipped = objective(new, b["old"], b["ref"], b["advantage"], b["weight"], cfg)
                 (loss * world).backward()  # FSDP averages gradients over processes, but the weights sum to 1 over them all
                 sums[:3] += torch.stack([loss.detach(), kl, clipped]) / cfg.epochs
-            grad_norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip).full_tensor().item()
+            grad_norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip).full_tensor().item()  # a CPU-GPU sync point
             if math.isfinite(grad_norm):  # also false when the loss is not finite
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -767,9 +767,9 @@ def main(cfg):
                 bad_in_a_row += 1
                 say(f"warning: step {step}: the gradient is not finite; step skipped ({state['skipped']} so far)")
             optimizer.zero_grad()
-        loss, kl, clipped, gap, surprise = total(sums.tolist(), device)
+        loss, kl, clipped, gap, surprise = total(sums.tolist(), device)  # summed once a step: one more sync point
         state["step"] = step
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin  # all processes have met in `total`, so this is the slowest one
 
         # 8. Log, evaluate, save
         row = dict(step=step, loss=loss, **group_metrics(scores_PGK, rewards_PG, axes, cfg.std_floor, device),

@@ -72,7 +72,7 @@ die = lambda message: require(False, message)
 def say(message):
     """Print once, not once a process, and without tearing a progress bar."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(message, file=sys.stdout), sys.stdout.flush()
+        tqdm.write(message, file=sys.stdout), sys.stdout.flush()  # a pipe would hold lines back
 
 def is_number(x):
     """Is x a finite number, or a string that spells one? (True, NaN and Infinity are not.)"""
@@ -83,14 +83,14 @@ def parse(cls, argv, doc, toy):
     `toy`: defaults that differ while the first field is "toy": a 0.3M-parameter model wants a rate that would ruin a 7B one."""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)$", inspect.getsource(cls), re.M))  # a knob's comment is its help
     flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    flags.error = die
+    flags.error = die  # argparse's own message is a usage page
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
     switch = dict(type=lambda v: {"true": True, "false": False}.get(v.lower(), v), nargs="?", const=True, choices=(True, False))
     for name, default in fields.items():
         also = f"; toy world: {toy[name]}" if name in toy else ""
         flags.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{notes[name]} [{default}{also}]".replace("%", "%%"),
                            **(switch if isinstance(default, bool) else dict(type=type(default), metavar=type(default).__name__)))
-    given = vars(flags.parse_args(argv))
+    given = vars(flags.parse_args(argv))  # only what was typed: a toy default must not override it
     for name, value in given.items():
         require(not isinstance(value, float) or math.isfinite(value), f"--{name}={value}: must be finite")
     return cls(**{**(toy if given.get(next(iter(fields)), "toy") == "toy" else {}), **given})
@@ -102,7 +102,7 @@ def read_jsonl(path):
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    record = json.loads(line)
+                    record = json.loads(line)  # one line at a time: the file may be larger than memory
                     json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate would crash the tokenizer later
                     require(isinstance(record, dict), f"{path}:{number}: expected a JSON object, found {line.strip()[:40]}")
                     yield f"{path}:{number}", record
@@ -119,7 +119,7 @@ def conversation(where, record, answered=False):
     whole = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) and m[k].strip() for k in ("role", "content"))
     require(isinstance(messages, list) and messages and all(map(whole, messages)), f"{where}: prompt is empty or not text")
     require(messages[-1]["role"] != "assistant", f"{where}: the messages must end before the assistant's turn")
-    messages = [{k: m[k] for k in ("role", "content")} for m in messages]
+    messages = [{k: m[k] for k in ("role", "content")} for m in messages]  # other fields would reach the chat template
     require(not answered or isinstance(record.get("response"), str), f"{where}: \"response\" is missing or not text")
     return (messages, record["response"]) if answered else messages
 
@@ -127,7 +127,7 @@ def render(tokenizer, messages, response=None, truncation=False):
     """A prompt ready for its answer, or prompt and response -> token ids, by the tokenizer's chat template.
     Without one (base models, encoders) it is plain text, set apart by the separator token if there is one, else by line breaks."""
     if tokenizer.chat_template:
-        answer = [] if response is None else [{"role": "assistant", "content": response}]
+        answer = [] if response is None else [{"role": "assistant", "content": response}]  # the template closes it with its end token
         try:
             text = tokenizer.apply_chat_template(messages + answer, tokenize=False, add_generation_prompt=not answer)
         except Exception as e:  # a template is a program of its own and may refuse: a system role, two user turns
@@ -140,7 +140,7 @@ def render(tokenizer, messages, response=None, truncation=False):
 def tensors(model):
     """Its weights and saved buffers by name; a tied weight once, under its first name."""
     once = {}
-    for name, t in model.state_dict(keep_vars=True).items():
+    for name, t in model.state_dict(keep_vars=True).items():  # keep_vars: the parameters themselves, whose identity shows tying
         once.setdefault(id(t), (name, t))
     return dict(once.values())
 
@@ -153,7 +153,7 @@ def load(auto_class, path, **head):
         saved_dtype = config.dtype or torch.float32
         folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
         with torch.device("meta"):
-            model = auto_class.from_config(config, dtype=torch.float32)
+            model = auto_class.from_config(config, dtype=torch.float32)  # no memory, no random numbers: a second for 14B
         stored, wanted = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata, tensors(model)
         fresh, stock = {n for n in wanted if n not in stored or stored[n].size != wanted[n].shape}, {}
         if fresh and not (head and fresh == {"score.weight"}):  # its files use other names: the library knows how to rename, ...
@@ -170,7 +170,7 @@ def load(auto_class, path, **head):
 @torch.no_grad()
 def fill(model, device):
     """Give memory and values to what `load` left on the meta device; of each weight a process reads only the rows it keeps."""
-    model.to_empty(device=device)
+    model.to_empty(device=device)  # of a sharded model this is 1/N
     for part in (m for m in model.modules() if hasattr(m, "folder")):
         part.tie_weights()  # a plain module forgets it in to_empty
         mine = tensors(part)
@@ -178,7 +178,7 @@ def fill(model, device):
             t._is_hf_initialized = True  # so that the next line touches none of them
         part.apply(part._init_weights)  # rotary frequencies stand in no file: the library computes them again
         stored = {n: t for n, t in mine.items() if n not in part.fresh and n not in part.stock and "lora_" not in n}
-        dcp.load(stored, storage_reader=HuggingFaceStorageReader(part.folder), no_dist=True)
+        dcp.load(stored, storage_reader=HuggingFaceStorageReader(part.folder), no_dist=True)  # casts to the dtype of each shard
         for name in [n for n in mine if n not in stored]:
             t = mine[name]  # drawn alike on every process, which keeps its rows: nn.Linear's variance, 0 for LoRA's B
             whole = part.stock[name] if name in part.stock else torch.randn(t.shape) * (not name.endswith("lora_B")) / (3 * t.shape[-1])**0.5
@@ -190,7 +190,7 @@ def join_world(dtype="auto", alone=False):
     """Join torchrun's process group, or be a group of one -> rank, world size, device, compute dtype."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    torch.cuda.set_device(device) if cuda else None
+    torch.cuda.set_device(device) if cuda else None  # or all processes of a node would meet on GPU 0
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **(
         dict(store=dist.HashStore(), rank=0, world_size=1) if alone or "RANK" not in os.environ else {}))
     return dist.get_rank(), dist.get_world_size(), device, DTYPES[dtype] or (torch.bfloat16 if cuda else torch.float32)
@@ -206,7 +206,7 @@ def shard(model, device, dtype, recompute=False, hsdp=True):
     reduced in float32. Embedding, final norm and head stay in the root's group: a tied weight must not live in two groups.
     hsdp: on several nodes shard inside each and replicate across, so that only gradients cross the network.
     recompute: keep a block's input only, and run the block again in the backward pass: a third more work, a tenth of the memory."""
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's word for a node's processes
     grid = (world // local, local) if hsdp and 1 < local < world else (world,)
     rule = dict(mesh=dist.init_device_mesh(device.type, grid, mesh_dim_names=("replicate", "shard")[-len(grid):]),
                 mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32)))
@@ -214,14 +214,14 @@ def shard(model, device, dtype, recompute=False, hsdp=True):
         p.data = p.data if p.requires_grad else p.data.to(dtype)  # float32 masters are for weights to which small steps are added
     for block in blocks(model):
         if recompute:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        fully_shard(block, **rule)
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # inside FSDP's hooks
+        fully_shard(block, **rule)  # one all-gather a block, prefetched while the block before it runs
     return fill(fully_shard(model, **rule), device)
 
 def collect(rows):
     """What the processes made of rows[rank::world], on every process and in the order of `rows` again."""
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
+    dist.all_gather_object(parts, rows)  # pickles between our own processes; never a file
     return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
 def write_text(path, text):
@@ -229,7 +229,7 @@ def write_text(path, text):
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.write(text)
         f.flush(), os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    os.replace(f"{path}.tmp", path)  # atomic on one file system
 
 def fresh_folder(path):
     """Make the folder `path`; an earlier one is renamed to path.1, path.2, ..., never overwritten."""
@@ -246,13 +246,13 @@ def save_folder(model, tokenizer, path, dtype):
     for name, t in tensors(model).items():
         owner = model.get_submodule(name.rpartition(".")[0])
         if name.endswith("weight") and hasattr(owner, "lora_A"):
-            t = t.float() + owner.lora_scale * (owner.lora_B.float() @ owner.lora_A.float())
+            t = t.float() + owner.lora_scale * (owner.lora_B.float() @ owner.lora_A.float())  # on shards: B's rows are W's
         if "lora_" not in name:
             size += t.numel() * dtype.itemsize
             out[name], place[name] = t.detach().to(dtype if t.is_floating_point() else None), 1 + size // 2**32  # files of 4 GiB
     dcp.save(out, storage_writer=HuggingFaceStorageWriter(path, place, save_distributed=True, enable_consolidation=True))
     if dist.get_rank() == 0:
-        shutil.rmtree(f"{path}/sharded")
+        shutil.rmtree(f"{path}/sharded")  # the pieces, once they are joined
         model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
         model.config.save_pretrained(path), tokenizer.save_pretrained(path)
         model.generation_config.save_pretrained(path) if model.can_generate() else None
@@ -289,17 +289,17 @@ def words(text):
 
 def toy_request(prompt):
     """A request -> (is it harmful?, the sentences that do what it asks, the sentences that offer something better)."""
-    verb = next((w for w in words(prompt).split() if w in REQUESTS), None)
+    verb = next((w for w in words(prompt).split() if w in REQUESTS), None)  # None: no request of this world
     _, steps, better = (*REQUESTS.get(verb, ([], [])), [])[:3]
     return bool(better), steps, better
 
 def true_scores(prompt, response):
     """What the raters of the toy world see, through their noise: four scores in [0, 1] of any text, by a rule."""
     harmful, steps, better = toy_request(prompt)
-    said = [s for s in map(words, response.split(".")) if s]
+    said = [s for s in map(words, response.split(".")) if s]  # sentences, without case and marks
     count = lambda known: len(set(map(words, known)) & set(said))  # saying a thing twice counts once
-    content = [s for s in said if s not in set(map(words, POLITE + RUDE))]
-    fits = count(steps) + count(better) + count(REFUSAL) * harmful + 0.3 * count(VAGUE)
+    content = [s for s in said if s not in set(map(words, POLITE + RUDE))]  # manners are neither on nor off the topic
+    fits = count(steps) + count(better) + count(REFUSAL) * harmful + 0.3 * count(VAGUE)  # refusing the harmless does not
     return {"politeness": min(1.0, max(0.0, 0.5 + 0.25 * count(POLITE) - 0.5 * count(RUDE))),
             "meaningfulness": fits / max(1, len(content)),  # the share of what is said that answers this very request
             "actionability": min(1.0, max(count(steps) / 3, 0.4 * count(better))),
@@ -308,10 +308,10 @@ def true_scores(prompt, response):
 def toy_answer(prompt, rng):
     """A demonstration of mixed quality: polite or rude, with steps or vague, off the topic, harmful or refusing."""
     harmful, steps, better = toy_request(prompt)
-    stray = REQUESTS[rng.choice(list(REQUESTS))][1]
+    stray = REQUESTS[rng.choice(list(REQUESTS))][1]  # the steps of another request
     body = rng.choices([steps[:rng.randint(1, 3)], rng.sample(VAGUE, 2), stray[:2], rng.sample(NONSENSE, 2),
                         rng.sample(REFUSAL, 1) + better], [45, 18, 12, 10, 15 + 25 * harmful])[0]
-    tone = rng.choices([POLITE, RUDE, []], [35, 35, 30])[0]
+    tone = rng.choices([POLITE, RUDE, []], [35, 35, 30])[0]  # polite, rude, or neither
     maybe = lambda chance, sentences: [rng.choice(sentences)] if sentences and rng.random() < chance else []
     return " . ".join(maybe(0.8, tone[:3]) + body + maybe(0.2, CARELESS) + maybe(0.6, tone[2:])) + " ."
 
@@ -324,7 +324,7 @@ def toy_policy(demos, rng):
     Not a Qwen2: for a Qwen2 folder AutoTokenizer takes Qwen2's own byte-pair tokenizer, whatever the folder says."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     special = "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
-    vocabulary = special + sorted({w for demo in demos for text in demo for w in text.split()})
+    vocabulary = special + sorted({w for demo in demos for text in demo for w in text.split()})  # about 240 words
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<|unk|>"))
     core.normalizer, core.pre_tokenizer, core.decoder = normalizers.Lowercase(), pre_tokenizers.Whitespace(), decoders.WordPiece()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=special[3:], padding_side="left",
@@ -336,7 +336,7 @@ def toy_policy(demos, rng):
         bos_token_id=None, eos_token_id=2, pad_token_id=0))
     optimizer, steps = torch.optim.AdamW(policy.parameters()), 400
     for step in tqdm(range(steps), "fitting a tiny policy to demonstrations", disable=None, leave=False):
-        batch = toy_chats(tokenizer, rng.sample(demos, 32))
+        batch = toy_chats(tokenizer, rng.sample(demos, 32))  # about 800 tokens
         begins = batch["input_ids"] == 5  # <|assistant|>: learn the answer and its end, not the request
         policy(**batch, labels=batch["input_ids"].masked_fill(begins.cumsum(1) - begins.int() == 0, -100)).loss.backward()
         optimizer.param_groups[0]["lr"] = 6e-3 * min(1, (step + 1) / 20, (steps - step) / steps)
@@ -348,16 +348,16 @@ def toy_policy(demos, rng):
 def read_ratings(path, axes, scale):
     """Ratings file -> rows of (messages, response), labels_NK in [0, 1] with nan where not rated, the K axis names."""
     rows, rated, (lo, hi) = [], [], map(float, scale.split(","))
-    asked = [k.strip() for k in axes.split(",") if k.strip()]
+    asked = [k.strip() for k in axes.split(",") if k.strip()]  # flat files need names: any field could be a score
     for where, r in read_jsonl(path):
         scores = r.get("scores", {k: r.get(k) for k in asked})  # a flat field named like an axis counts, too
         require(isinstance(scores, dict), f"{where}: \"scores\" must be an object such as {{\"safety\": 0.9}}")
         for k, s in scores.items():
             require(s is None or isinstance(s, (int, float)) and is_number(s) and lo <= s <= hi,
                     f"{where}: score {k}={s} is not a number from {lo:g} to {hi:g} (--scale)")
-        rows.append(conversation(where, r, answered=True))
+        rows.append(conversation(where, r, answered=True))  # also rows without any score: they weigh nothing
         rated.append(scores)
-    names = asked or list(dict.fromkeys(k for scores in rated for k in scores))
+    names = asked or list(dict.fromkeys(k for scores in rated for k in scores))  # in the order of first appearance
     for k in names or ["any axis"]:
         require(any(s.get(k) is not None for s in rated), f"{path}: no row has a score for {k}")
     return rows, torch.tensor([[math.nan if s.get(k) is None else (s[k] - lo) / (hi - lo) for k in names] for s in rated]), names
@@ -380,8 +380,8 @@ class RewardModel(nn.Module):
         config.pad_token_id = config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         limits = [max_tokens, self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf)]
         self.tokenizer.model_max_length = int(min(limits))  # a longer text loses its beginning, here and in the stock pipeline
-        self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
-        self.axes = [config.id2label[i] for i in range(config.num_labels)]
+        self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"  # the response stands last
+        self.axes = [config.id2label[i] for i in range(config.num_labels)]  # K names
         require(not any(re.fullmatch(r"LABEL_\d+", k) for k in self.axes), f"{path}: its id2label does not name the axes of a reward model")
     def encode(self, rows):
         """(messages, response) rows -> lists of token ids."""
@@ -397,9 +397,9 @@ def score(model, rows, device, batch_tokens=16384):
     Rows are sorted by length and cut into batches of `batch_tokens`: a batch of one length wastes nothing on padding."""
     ids = model.encode(rows)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # longest first: what does not fit in memory fails at once
-    scores = torch.zeros(len(rows), len(model.axes))
+    scores = torch.zeros(len(rows), len(model.axes))  # NK, in the order of `rows`
     while order:
-        n = max(1, batch_tokens // max(1, len(ids[order[0]])))
+        n = max(1, batch_tokens // max(1, len(ids[order[0]])))  # rows as long as the longest that is left
         batch, order = order[:n], order[n:]
         with torch.no_grad():
             scores[batch] = model(**model.batch([ids[i] for i in batch], device)).float().sigmoid().cpu()
@@ -409,13 +409,13 @@ def heldout_table(scores, labels, rows, axes):
     """How far to trust the head on prompts it never saw: axis -> numbers, over the rows that rate the axis.
     r2: share of the labels' variance explained; 0 is no better than guessing their mean. pairs: how often the better of two
     answers to one prompt scores higher, which is all that GRPO ever asks of a reward."""
-    table, answers = {}, {}
+    table, answers = {}, {}  # answers: row numbers by prompt
     for i, (messages, _) in enumerate(rows):
         answers.setdefault(repr(messages), []).append(i)
     for k, axis in enumerate(axes):
-        s, y = (x[~labels[:, k].isnan(), k].double() for x in (scores, labels))
+        s, y = (x[~labels[:, k].isnan(), k].double() for x in (scores, labels))  # the n rows that rate this axis
         gaps = [((labels[i, k] - labels[j, k]).item(), (scores[i, k] - scores[j, k]).item())
-                for same in answers.values() for n, i in enumerate(same) for j in same[:n]]
+                for same in answers.values() for n, i in enumerate(same) for j in same[:n]]  # each pair once
         right = [dy * ds > 0 for dy, ds in gaps if abs(dy) > 0]  # a gap to an unrated answer is nan and drops out
         table[axis] = dict(n=len(y), label=y.mean().item(), score=s.mean().item(),
                            r2=(1 - ((s - y)**2).sum() / ((y - y.mean())**2).sum()).item(),
@@ -433,7 +433,7 @@ def train(cfg, rank, world, device, dtype):
         held_rows, rows = ([r for r, h in zip(rows, held) if h == side] for side in (True, False))
         held_labels, labels = labels[held], labels[~held]
         require(rows and held_rows, f"{cfg.ratings}: too few different prompts to hold some out; give --heldout_ratings")
-    counts = (~labels.isnan()).sum(0)
+    counts = (~labels.isnan()).sum(0)  # K: ratings of each axis
     say(f"reward model: {len(rows)} rated answers ({', '.join(f'{k} {n}' for k, n in zip(axes, counts.tolist()))}), {len(held_rows)} held out")
     torch.manual_seed(cfg.seed)  # every process makes the same fresh head, and keeps its shard of it
     model = shard(RewardModel(cfg.backbone, axes, cfg.max_tokens), device, dtype).train()
@@ -443,18 +443,18 @@ def train(cfg, rank, world, device, dtype):
     weight_K = (len(rows) / (len(axes) * counts.clamp(min=1))).to(device)
     batch = min(cfg.batch_size, len(rows))
     steps = cfg.epochs * (per_epoch := len(rows) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)  # on the shards: 1/N of the moments
     for step in tqdm(range(steps), "training the reward model", disable=None if rank == 0 else True, leave=False):
-        epoch, i = divmod(step, per_epoch)
+        epoch, i = divmod(step, per_epoch)  # the last rows that fill no batch wait for the next order
         if i == 0:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch)).tolist()
         mine = order[i * batch + rank:(i + 1) * batch:world] or order[:1]  # a process without a row takes part at weight 0
         share = world / batch * (rank < batch)                             # world: FSDP averages gradients over processes
-        target = labels[mine].to(device)
+        target = labels[mine].to(device)  # BK, nan where not rated
         error = model(**model.batch([ids[j] for j in mine], device)).float().sigmoid() - target.nan_to_num()
         ((error.masked_fill(target.isnan(), 0.0)**2 * weight_K).sum() * share).backward()
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1, 10 * (step + 1) / steps, (steps - step) / steps)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a fresh head makes the first gradients large
         optimizer.step(), optimizer.zero_grad()
     fresh_folder(cfg.out_dir) if rank == 0 else None
     save_folder(model.model, model.tokenizer, cfg.out_dir, torch.float32)
@@ -470,7 +470,7 @@ def main(cfg):
     toy = lambda given, name: f"out/toy/{name}" if given == "toy" else given
     rank, world, device, dtype = join_world(cfg.dtype)
     if cfg.score:
-        records = list(read_jsonl(cfg.score))
+        records = list(read_jsonl(cfg.score))  # bad rows are found before the model is loaded
         rows = [conversation(where, r, answered=True) for where, r in records]
         model = fill(RewardModel(toy(cfg.reward_model, "reward_model")), device).eval()
         scores = [dict(zip(model.axes, s)) for s in collect(score(model, rows[rank::world], device).tolist())]
@@ -489,7 +489,7 @@ def run(main, cfg):
     """Call `main` and leave; a full disk or an unwritable folder is one line, too."""
     try:
         main(cfg)
-        dist.barrier() if dist.is_initialized() else None
+        dist.barrier() if dist.is_initialized() else None  # nobody leaves while another still needs it
         sys.stdout.flush()
         os._exit(0)  # at a normal exit gloo's threads now and then abort a finished process (torch 2.13)
     except (OSError, SafetensorError, dcp.CheckpointException) as e:
