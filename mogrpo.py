@@ -465,7 +465,7 @@ def load_checkpoint(folder, policy, optimizer):
         dcp.load(trained_tensors(policy, optimizer), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
         for moments in optimizer.state.values():
             moments["step"].fill_(state["updates"])  # AdamW's bias correction counts them
-    except (OSError, ValueError, KeyError, SafetensorError, dcp.CheckpointException) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, dcp.CheckpointException) as e:
         die(f"{folder}: the checkpoint is damaged or of another model: {str(e).strip().splitlines()[-1]}")
     return state
 
@@ -482,13 +482,14 @@ def model_sizes(path, auto_class, row, dtype):
     def keep(t):
         saved[t.untyped_storage()._cdata] = t  # by storage: views of one tensor count once; and kept alive, so that no two share an address
         return t
-    with FakeTensorMode():
-        try:
-            model = auto_class.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-        except (OSError, ValueError, KeyError) as e:
-            die(f"--dry_run: {path}: no model could be planned from its config: {e}")
-        with saved_tensors_hooks(keep, lambda t: t):
+    try:
+        config = AutoConfig.from_pretrained(path)
+        row = min(row, getattr(config.get_text_config(), "max_position_embeddings", None) or row)
+        with FakeTensorMode(), saved_tensors_hooks(keep, lambda t: t):
+            model = auto_class.from_config(config, dtype=dtype)
             model.base_model(input_ids=torch.zeros(1, row, dtype=torch.long), **({"use_cache": False} if model.can_generate() else {}))
+    except Exception as e:  # configs of others
+        die(f"--dry_run: {path}: no model could be planned from its config: {e}")
     weights, stack = {p.untyped_storage()._cdata: p.numel() for p in model.parameters()}, blocks(model)
     whole, inside = sum(weights.values()), sum(p.numel() for p in stack.parameters())
     activations = sum(t.untyped_storage().nbytes() for k, t in saved.items() if k not in weights)  # weights are saved, too
@@ -623,10 +624,9 @@ def main(cfg):
     if cfg.dry_run:
         return dry_run(replace(cfg, policy=place(cfg.policy, "policy")))
     rank, world, device, dtype = join_world(cfg.dtype)
-    stop = []  # signals received; a handler must not do more than note them
+    stop, is_toy = [], cfg.prompts == "toy"  # stop: signals received; a handler must not do more than note them
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda number, frame: stop.append(number))
-    is_toy = cfg.prompts == "toy"
 
     # 2. Models: the policy in training, its frozen copy as reference, the reward model
     torch.manual_seed(cfg.seed)  # LoRA's A starts the same on every process

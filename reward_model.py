@@ -13,7 +13,7 @@ A rating: {"prompt": str, "response": str, "scores": {"safety": 0.9, "politeness
 Out comes an AutoModelForSequenceClassification folder: id2label names the axes, sigmoid(logits) are the scores. It is no
 preference (Bradley-Terry) model: ratings are regressed on as they are. Section 1 is what all scripts share.
 """
-import argparse, dataclasses, functools, gzip, hashlib, inspect, json, math, os, random, re, shutil, sys, warnings
+import argparse, dataclasses, functools, gzip, hashlib, inspect, json, logging, math, os, random, re, shutil, sys, warnings
 
 import torch, transformers
 import torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn
@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()  # they would bury our lines
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads its own slices by itself
+logging.disable(logging.ERROR)  # tracebacks that torch logs of errors which we tell in a line, retries of the hub
 
 @dataclasses.dataclass
 class Config:  # every default is our own choice
@@ -139,10 +140,9 @@ def render(tokenizer, messages, response=None, truncation=False):
 
 def tensors(model):
     """Its weights and saved buffers by name; a tied weight once, under its first name."""
-    once = {}
-    for name, t in model.state_dict(keep_vars=True).items():  # keep_vars: the parameters themselves, whose identity shows tying
-        once.setdefault(id(t), (name, t))
-    return dict(once.values())
+    named = model.state_dict(keep_vars=True)  # keep_vars: the parameters themselves, whose identity shows tying
+    first = {id(t): name for name, t in reversed(named.items())}
+    return {name: t for name, t in named.items() if first[id(t)] == name}
 
 def load(auto_class, path, **head):
     """An `auto_class` model of a folder or hub id, on the meta device until `shard` or `fill`, and its tokenizer; errors in a line.
@@ -157,14 +157,16 @@ def load(auto_class, path, **head):
         stored, wanted = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata, tensors(model)
         fresh, stock = {n for n in wanted if n not in stored or stored[n].size != wanted[n].shape}, {}
         if fresh and not (head and fresh == {"score.weight"}):  # its files use other names: the library knows how to rename, ...
-            stock, info = auto_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **head)
-            require(head or not info["missing_keys"], f"{path}: its files lack {', '.join(sorted(info['missing_keys'])[:3])}")
+            stock, info = auto_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                                                     **{"ignore_mismatched_sizes": True, **head})
+            odd = ", ".join(map(str, sorted(info["missing_keys"] or info["mismatched_keys"])[:3]))
+            require(head or not odd, f"{path}: its files lack, or have in another shape than its config.json says: {odd}")
             fresh, stock = set(), tensors(stock)
         model.folder, model.fresh, model.stock, model.saved_dtype = folder, fresh, stock, saved_dtype
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:  # ... for the price of the whole model in memory
+    except Exception as e:  # ... for the price of the whole model in memory. Somebody else's files fail in any way they like
         die(f"{path}: no {auto_class.__name__.removeprefix('AutoModelFor')} model could be loaded: {e}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    require(tokenizer.pad_token, f"{path}: its tokenizer has neither a pad nor an end-of-text token")
+    require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids), f"{path}: its tokenizer has no words, or neither a pad nor an end-of-text token")
     return model, tokenizer
 
 @torch.no_grad()
@@ -227,8 +229,7 @@ def collect(rows):
 def write_text(path, text):
     """Write a file so that a crash leaves the old one or the new one, never a half."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush(), os.fsync(f.fileno())
+        f.write(text), f.flush(), os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)  # atomic on one file system
 
 def fresh_folder(path):
@@ -254,8 +255,8 @@ def save_folder(model, tokenizer, path, dtype):
     if dist.get_rank() == 0:
         shutil.rmtree(f"{path}/sharded")  # the pieces, once they are joined
         model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
-        model.config.save_pretrained(path), tokenizer.save_pretrained(path)
-        model.generation_config.save_pretrained(path) if model.can_generate() else None
+        for part in filter(None, (model.config, tokenizer, getattr(model, "generation_config", None))):
+            part.save_pretrained(path)
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 2. The toy world: everyday requests, some of them harmful, in which a rule knows the true scores of any answer
@@ -392,6 +393,7 @@ class RewardModel(nn.Module):
     def forward(self, input_ids, attention_mask):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
+@torch.no_grad()
 def score(model, rows, device, batch_tokens=16384):
     """scores_NK in [0, 1] (float32, CPU) of (messages, response) rows, by a whole or `gathered` model.
     Rows are sorted by length and cut into batches of `batch_tokens`: a batch of one length wastes nothing on padding."""
@@ -401,8 +403,7 @@ def score(model, rows, device, batch_tokens=16384):
     while order:
         n = max(1, batch_tokens // max(1, len(ids[order[0]])))  # rows as long as the longest that is left
         batch, order = order[:n], order[n:]
-        with torch.no_grad():
-            scores[batch] = model(**model.batch([ids[i] for i in batch], device)).float().sigmoid().cpu()
+        scores[batch] = model(**model.batch([ids[i] for i in batch], device)).float().sigmoid().cpu()
     return scores
 
 def heldout_table(scores, labels, rows, axes):
@@ -430,8 +431,7 @@ def train(cfg, rank, world, device, dtype):
         held_rows, held_labels, _ = read_ratings(cfg.heldout_ratings, ",".join(axes), cfg.scale)
     else:
         held = torch.tensor([is_held_out(messages, cfg.heldout_frac, cfg.seed) for messages, _ in rows])
-        held_rows, rows = ([r for r, h in zip(rows, held) if h == side] for side in (True, False))
-        held_labels, labels = labels[held], labels[~held]
+        (held_rows, rows), held_labels, labels = ([r for r, h in zip(rows, held) if h == x] for x in (True, False)), labels[held], labels[~held]
         require(rows and held_rows, f"{cfg.ratings}: too few different prompts to hold some out; give --heldout_ratings")
     counts = (~labels.isnan()).sum(0)  # K: ratings of each axis
     say(f"reward model: {len(rows)} rated answers ({', '.join(f'{k} {n}' for k, n in zip(axes, counts.tolist()))}), {len(held_rows)} held out")

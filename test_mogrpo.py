@@ -256,6 +256,9 @@ def test_dry_run(tmp_path, capsys):
         assert "fits in" in capsys.readouterr().out
     refused(capsys, lambda: run(policy, "--dry_run=1", "--gpu_gb=1"), "nor would any change")
     refused(capsys, lambda: run("--policy=no/such/folder", "--dry_run=1"), "no/such/folder")
+    transformers.BertConfig(max_position_embeddings=64).save_pretrained(tmp_path / "bert")  # fewer places than a row has tokens
+    run(f"--policy={tmp_path}/bert", f"--reward_model={tmp_path}/bert", "--dry_run=2")
+    assert "fits in" in capsys.readouterr().out
 
 def test_flops_are_those_of_the_matrix_products(tmp_path, world):
     """The work that `mfu` counts against torch's own counter, which leaves out the CPU's attention kernel."""
@@ -866,6 +869,18 @@ def test_spoiled_folders(bench, capsys):
         g.write(f.read().replace('"good"', '"LABEL_0"').replace('"kind"', '"LABEL_1"'))
     refused(capsys, lambda: run_main(mogrpo, *bench, "--reward_model=unnamed"), "unnamed", "id2label")
     dist.destroy_process_group()
+    for name, old, new, part in (("narrow", '"hidden_size": 32', '"hidden_size": 64', "embed_tokens.weight"),
+                                 ("deep", '"num_hidden_layers": 2', '"num_hidden_layers": 3', "num_hidden_layers"),
+                                 ("foreign", '"qwen3"', '"zebra"', "zebra")):
+        shutil.copytree("policy", name)
+        with open("policy/config.json") as f, open(f"{name}/config.json", "w") as g:
+            g.write(f.read().replace(old, new))
+        refused(capsys, lambda: run_main(mogrpo, *bench, f"--policy={name}"), name, part)
+        dist.destroy_process_group()
+    shutil.copytree("policy", "mute")
+    os.remove("mute/tokenizer.json")
+    refused(capsys, lambda: run_main(mogrpo, *bench, "--policy=mute"), "mute", "tokenizer")
+    dist.destroy_process_group()
     shutil.copytree("policy", "cut")
     with open("cut/model.safetensors", "r+b") as f:
         f.truncate(1000)
@@ -874,6 +889,11 @@ def test_spoiled_folders(bench, capsys):
     os.remove("cut/model.safetensors")
     torch.save({}, "cut/pytorch_model.bin")  # a pickle is never read
     refused(capsys, lambda: run_main(mogrpo, *bench, "--policy=cut"), "cut")
+
+def spoiled_header(path):
+    with open(path, "r+b") as f:
+        f.seek(8)
+        f.write(b"x" * 100)
 
 def test_earlier_runs_are_kept_and_damaged_checkpoints_refused(bench, capsys):
     for _ in range(3):
@@ -886,6 +906,15 @@ def test_earlier_runs_are_kept_and_damaged_checkpoints_refused(bench, capsys):
     capsys.readouterr()
     refused(capsys, lambda: run_main(mogrpo, *bench, "--steps=2", "--resume"), "checkpoint", "damaged")
     assert sorted(os.listdir("out/mogrpo")) == before
+    dist.destroy_process_group()
+    for spoil in (lambda: os.remove(shard), lambda: spoiled_header(shard), lambda: rm.write_text("out/mogrpo/checkpoint/state.json", "[1]"),
+                  lambda: rm.write_text("out/mogrpo/checkpoint/state.json", "{bad")):
+        shutil.copytree("out/mogrpo.1/checkpoint", "out/mogrpo/checkpoint", dirs_exist_ok=True)
+        spoil()
+        refused(capsys, lambda: run_main(mogrpo, *bench, "--steps=2", "--resume"), "checkpoint", "damaged")
+        dist.destroy_process_group()
+    shutil.copytree("out/mogrpo.1/checkpoint", "out/mogrpo/checkpoint", dirs_exist_ok=True)
+    refused(capsys, lambda: run_main(mogrpo, *bench, "--steps=2", "--resume", "--lora_rank=2"), "checkpoint", "another model")
     dist.destroy_process_group()
     folder_of("wider", kind="llama")
     shutil.copytree("out/mogrpo.1/checkpoint", "out/mogrpo/checkpoint", dirs_exist_ok=True)
