@@ -13,7 +13,7 @@ A rating: {"prompt": str, "response": str, "scores": {"safety": 0.9, "politeness
 Out comes an AutoModelForSequenceClassification folder: id2label names the axes, sigmoid(logits) are the scores. It is no
 preference (Bradley-Terry) model: ratings are regressed on as they are. Section 1 is what all scripts share.
 """
-import argparse, dataclasses, functools, gzip, hashlib, inspect, json, logging, math, os, random, re, shutil, sys, warnings
+import argparse, dataclasses, functools, gzip, hashlib, inspect, json, logging, math, os, re, shutil, sys, warnings
 
 import torch, transformers
 import torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn
