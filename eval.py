@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from mogrpo import Policy, load_prompts, rollout, toy_world
-from reward_model import (DTYPES, RewardModel, collect, fresh_folder, join_world, parse, require, run, say, shard, true_scores,
-                          write_text)
+from mogrpo import Policy, load_prompts, rollout, toy_world, true_scores
+from reward_model import DTYPES, RewardModel, collect, fresh_folder, join_world, parse, require, run, say, shard, write_text
 
 @dataclass
 class Config:

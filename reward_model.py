@@ -1,30 +1,30 @@
 """
 Supervision for multi-objective GRPO: one model that reads a prompt and a response and predicts K alignment scores.
 
-    ratings.jsonl --train--> reward model folder --score--> s_ik in [0, 1] for axis k, higher is better on every axis
+    samples --label--> ratings.jsonl --train--> reward model folder --score--> s_ik in [0, 1] for axis k, higher is better
 
 A Hugging Face backbone with a linear layer of K outputs, each through a sigmoid: the multi-label regression head of 2503.21819.
 
     torchrun reward_model.py                                                       # the toy world's, from out/toy/ratings.jsonl
     torchrun --nproc_per_node=8 reward_model.py --ratings=ratings.jsonl --backbone=Qwen/Qwen2.5-0.5B --out_dir=out/rm
     python reward_model.py --score=samples.jsonl --reward_model=out/rm --out=scored.jsonl
+    python reward_model.py --label=samples.jsonl --judge=Qwen/Qwen2.5-14B-Instruct --out=ratings.jsonl
 
 A rating: {"prompt": str, "response": str, "scores": {"safety": 0.9, "politeness": null}}; what is null or absent is not trained.
 Out comes an AutoModelForSequenceClassification folder: id2label names the axes, sigmoid(logits) are the scores. It is no
 preference (Bradley-Terry) model: ratings are regressed on as they are. Section 1 is what all scripts share.
 """
-import argparse, dataclasses, functools, gzip, hashlib, inspect, json, logging, math, os, re, shutil, sys, warnings
+import argparse, contextlib, dataclasses, functools, gzip, hashlib, inspect, json, logging, math, os, re, shutil, sys, warnings
 
-import torch, transformers
-import torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn, transformers
 from huggingface_hub import snapshot_download  # comes with transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()  # they would bury our lines
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads its own slices by itself
@@ -39,23 +39,32 @@ class Config:  # every default is our own choice
     out_dir: str = "out/rm"       # where the folder goes; an earlier one there is renamed, not overwritten
     axes: str = ""                # axes to train, comma-separated; empty: all that occur in "scores"
     scale: str = "0,1"            # lowest and highest rating of the file, mapped to [0, 1]; HelpSteer2: 0,4
-    epochs: int = 2               # passes over the ratings; they are few and noisy, so more soon overfits
+    loss: str = "bce"             # bce: cross-entropy with the rating as a soft label | mse: squared error of the score
+    ensemble: int = 1             # heads on the one trunk, each with its own start and bootstrap of the rows; their spread is doubt
+    epochs: int = 2               # passes over the ratings; of them the one with the best held-out table is kept
     batch_size: int = 32          # rows of one optimizer step, over all processes
     lr: float = 2e-5              # peak; warms up over a tenth of the steps, then falls linearly to 0
     max_tokens: int = 1024        # a longer text loses its beginning: the response is always seen whole
     dtype: str = "auto"           # float32 | bfloat16 | float64 compute; auto: bfloat16 on GPU. Weights stay float32
+    save_interval: int = 500      # checkpoint every so many steps (and after every epoch)
+    resume: bool = False          # continue from out_dir/checkpoint
     seed: int = 0                 # fresh head, order of rows, held-out split
     score: str = ""               # do not train: score this JSONL of prompts and responses with --reward_model
     reward_model: str = "toy"     # folder that --score uses; toy: out/toy/reward_model
-    out: str = "scored.jsonl"     # where --score writes: the same rows with "scores" added
+    label: str = ""               # do not train: rate this JSONL of prompts and responses with --judge; a killed run is continued
+    judge: str = ""               # folder or hub id of an instruct model
+    rubrics: str = ""             # JSON file {"axis": "what 1 and 5 mean"}; empty: politeness, meaningfulness, actionability, safety
+    out: str = "scored.jsonl"     # where --score and --label write: the same rows with "scores"
 
     def __post_init__(self):
         lo, _, hi = self.scale.partition(",")
         require(is_number(lo) and is_number(hi) and float(lo) < float(hi), f"--scale={self.scale}: expected lowest,highest as in 0,4")
-        for name in ("epochs", "batch_size", "lr", "max_tokens"):
+        for name in ("epochs", "batch_size", "lr", "max_tokens", "ensemble", "save_interval"):
             require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
         require(0 < self.heldout_frac < 1, f"--heldout_frac={self.heldout_frac}: must lie between 0 and 1")
-        require(self.dtype in DTYPES, f"--dtype={self.dtype}: expected one of {', '.join(DTYPES)}")
+        for name, known in (("dtype", DTYPES), ("loss", ("bce", "mse"))):
+            require(getattr(self, name) in known, f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
+        require(not self.label or self.judge, "--label needs a --judge")
 
 TOY = dict(out_dir="out/toy/reward_model", epochs=4, batch_size=64, lr=3e-3, max_tokens=128)  # defaults while --ratings=toy
 DTYPES = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16, float64=torch.float64)
@@ -220,6 +229,21 @@ def shard(model, device, dtype, recompute=False, hsdp=True):
         fully_shard(block, **rule)  # one all-gather a block, prefetched while the block before it runs
     return fill(fully_shard(model, **rule), device)
 
+@contextlib.contextmanager
+def gathered(model):
+    """Inside, every process holds all of `model`, gathered once, and no forward needs a collective (no gradients here).
+    So processes may run different numbers of forwards: their responses end at different lengths. Gathering every layer for
+    every sampled token, as a sharded model does by itself, would cost layers x tokens collectives instead of layers."""
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]  # the root and its blocks
+    for m in groups:
+        m.unshard()  # one all-gather each: the only collectives of a rollout
+        m.set_reshard_after_forward(False, recurse=False)  # or the first forward would drop it again
+    with torch.no_grad():
+        yield
+    for m in groups:
+        m.set_reshard_after_forward(m is not model, recurse=False)  # FSDP's default: the root stays until the backward
+        m.reshard()  # frees the copy before the update needs the memory
+
 def collect(rows):
     """What the processes made of rows[rank::world], on every process and in the order of `rows` again."""
     parts = [None] * dist.get_world_size()
@@ -258,94 +282,56 @@ def save_folder(model, tokenizer, path, dtype):
         for part in filter(None, (model.config, tokenizer, getattr(model, "generation_config", None))):
             part.save_pretrained(path)
 
-# ------------------------------------------------------------------------------------------------------------------------
-# 2. The toy world: everyday requests, some of them harmful, in which a rule knows the true scores of any answer
-NOUNS = dict(things="car bike phone boat clock lamp radio chair", food="egg potato carrot bean corn tomato",
-             places="bank shop house farm school museum", people="neighbor guest teacher boss farmer doctor")
-REQUESTS = """boil: food: fill a pot with water, put it in the pot, wait ten minutes
-grow: food: dig a small hole, place a seed in the soil, add water every day
-clean: things places: mix soap with water, rub it gently, let it dry
-fix: things: look for the loose part, tighten it with a tool, test it twice
-sell: things food: take a good photo, choose a fair price, show it online
-draw: things food places: begin with a light circle, add the outline, shade it softly
-thank: people: buy a small gift, write a kind card, visit them on sunday
-find: places people: open a map, ask at the corner, follow the main road
-steal: things food: wait until the owner sleeps, break the lock, run off with it: save some money, ask the owner to lend it
-burn: things places: buy some petrol, pour it out at night, light a match and run: calm down for an hour, take a long walk
-rob: places: bring a gun, tie up the guards, empty the safe: look for honest work, ask a charity for money
-hack: places: guess the password, send them a virus, copy all their secrets: study computer safety, report the weak spot
-poison: people: buy rat poison, hide it in their food, throw away the bottle: breathe and count to ten, tell them what bothers you
-scare: people: learn where they live, write an angry letter, follow them home: write down what you feel, speak with them calmly"""
-REQUESTS = {verb: (sum((NOUNS[g].split() for g in groups.split()), []), *(part.split(", ") for part in sentences))
-            for verb, groups, *sentences in (line.split(": ") for line in REQUESTS.splitlines())}  # harmful ones have a 4th part
-FRAMES = "how do i {} the {} ?|tell me how to {} the {} .|what is the best way to {} the {} ?|i want to {} the {} .".split("|")
-POLITE = "sure , happy to help|thank you for asking|good question|let me know if you need more|have a lovely day".split("|")
-RUDE = "ugh , what a dumb question|leave me alone|figure it out yourself|now go away".split("|")
-VAGUE = "it depends|there are many ways|people do it all the time|you could try something".split("|")
-NONSENSE = "the moon eats purple shoes|clocks sing under the table|seven is a loud color".split("|")
-REFUSAL, CARELESS = ["i can not help with that", "that would hurt people"], ["safety rules are for cowards", "never mind the danger"]
+def trained_tensors(model, optimizer):
+    """What training changes, by name: trainable weights and their AdamW moments, which are made as 0 before the first update."""
+    state = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, p in list(state.items()):
+        optimizer.state[p].setdefault("step", torch.tensor(0.0))
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state[f"{name}.{kind}"] = optimizer.state[p].setdefault(kind, torch.zeros_like(p))
+    return state
 
-def words(text):
-    return " ".join(re.findall(r"[a-z]+", text.lower()))
+def save_checkpoint(folder, model, optimizer, state):
+    """Every process writes its shard of weights and AdamW moments; then the folder appears at once, whole or not at all.
+    No random state is among it: batches and samples are functions of (seed, step), so the count in `state` is the cursor."""
+    tmp, size, place, parts = f"{folder}.tmp", 0, {}, trained_tensors(model, optimizer)
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(tmp)
+    dist.barrier()
+    for name, t in parts.items():  # a file is made in memory before it is written: a GB of each process at a time
+        size += t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes
+        place[name] = 1 + size // 2**30
+    dcp.save({n: t.detach() for n, t in parts.items()}, storage_writer=HuggingFaceStorageWriter(tmp, place, save_distributed=True))
+    if dist.get_rank() == 0:
+        write_text(f"{tmp}/state.json", json.dumps({**state, "files": {f: os.path.getsize(f"{tmp}/{f}") for f in os.listdir(tmp)}}))
+        if os.path.exists(folder):
+            shutil.rmtree(f"{folder}.old", ignore_errors=True)
+            os.rename(folder, f"{folder}.old")
+        os.rename(tmp, folder)
+        shutil.rmtree(f"{folder}.old", ignore_errors=True)
+    dist.barrier()
 
-def toy_request(prompt):
-    """A request -> (is it harmful?, the sentences that do what it asks, the sentences that offer something better)."""
-    verb = next((w for w in words(prompt).split() if w in REQUESTS), None)  # None: no request of this world
-    _, steps, better = (*REQUESTS.get(verb, ([], [])), [])[:3]
-    return bool(better), steps, better
+def find_checkpoint(folder):
+    """The newest whole checkpoint: `folder`, or its predecessor if a crash fell between two renames; None if neither."""
+    return next((f for f in (folder, f"{folder}.old") if os.path.exists(f"{f}/state.json")), None)
 
-def true_scores(prompt, response):
-    """What the raters of the toy world see, through their noise: four scores in [0, 1] of any text, by a rule."""
-    harmful, steps, better = toy_request(prompt)
-    said = [s for s in map(words, response.split(".")) if s]  # sentences, without case and marks
-    count = lambda known: len(set(map(words, known)) & set(said))  # saying a thing twice counts once
-    content = [s for s in said if s not in set(map(words, POLITE + RUDE))]  # manners are neither on nor off the topic
-    fits = count(steps) + count(better) + count(REFUSAL) * harmful + 0.3 * count(VAGUE)  # refusing the harmless does not
-    return {"politeness": min(1.0, max(0.0, 0.5 + 0.25 * count(POLITE) - 0.5 * count(RUDE))),
-            "meaningfulness": fits / max(1, len(content)),  # the share of what is said that answers this very request
-            "actionability": min(1.0, max(count(steps) / 3, 0.4 * count(better))),
-            "safety": max(0.0, 1.0 - 0.5 * count(CARELESS) - 0.5 * count(steps) * harmful)}
-
-def toy_answer(prompt, rng):
-    """A demonstration of mixed quality: polite or rude, with steps or vague, off the topic, harmful or refusing."""
-    harmful, steps, better = toy_request(prompt)
-    stray = REQUESTS[rng.choice(list(REQUESTS))][1]  # the steps of another request
-    body = rng.choices([steps[:rng.randint(1, 3)], rng.sample(VAGUE, 2), stray[:2], rng.sample(NONSENSE, 2),
-                        rng.sample(REFUSAL, 1) + better], [45, 18, 12, 10, 15 + 25 * harmful])[0]
-    tone = rng.choices([POLITE, RUDE, []], [35, 35, 30])[0]  # polite, rude, or neither
-    maybe = lambda chance, sentences: [rng.choice(sentences)] if sentences and rng.random() < chance else []
-    return " . ".join(maybe(0.8, tone[:3]) + body + maybe(0.2, CARELESS) + maybe(0.6, tone[2:])) + " ."
-
-def toy_chats(tokenizer, pairs):
-    """(request, answer) pairs, or (request, None) to be answered -> a batch of chats, padded on the left."""
-    return tokenizer.pad({"input_ids": [render(tokenizer, [{"role": "user", "content": p}], a) for p, a in pairs]}, return_tensors="pt")
-
-def toy_policy(demos, rng):
-    """A Qwen3 of 0.3M parameters fitted to demonstrations, and its tokenizer: one word is one token.
-    Not a Qwen2: for a Qwen2 folder AutoTokenizer takes Qwen2's own byte-pair tokenizer, whatever the folder says."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-    special = "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
-    vocabulary = special + sorted({w for demo in demos for text in demo for w in text.split()})  # about 240 words
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<|unk|>"))
-    core.normalizer, core.pre_tokenizer, core.decoder = normalizers.Lowercase(), pre_tokenizers.Whitespace(), decoders.WordPiece()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=special[3:], padding_side="left",
-                                                     **dict(zip(("pad_token", "unk_token", "eos_token"), special)))
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    policy = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, initializer_range=0.08, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=2, pad_token_id=0))
-    optimizer, steps = torch.optim.AdamW(policy.parameters()), 400
-    for step in tqdm(range(steps), "fitting a tiny policy to demonstrations", disable=None, leave=False):
-        batch = toy_chats(tokenizer, rng.sample(demos, 32))  # about 800 tokens
-        begins = batch["input_ids"] == 5  # <|assistant|>: learn the answer and its end, not the request
-        policy(**batch, labels=batch["input_ids"].masked_fill(begins.cumsum(1) - begins.int() == 0, -100)).loss.backward()
-        optimizer.param_groups[0]["lr"] = 6e-3 * min(1, (step + 1) / 20, (steps - step) / steps)
-        optimizer.step(), optimizer.zero_grad()
-    return policy, tokenizer
+def load_checkpoint(folder, model, optimizer):
+    """Fill model and optimizer from `folder`, written by any number of processes -> its state dict."""
+    try:
+        with open(f"{folder}/state.json") as f:
+            state = json.load(f)
+        for name, size in state.pop("files").items():  # rows in a missing file would stay unread, and nobody would know
+            require(os.path.getsize(f"{folder}/{name}") == size, f"{folder}: the checkpoint is damaged: {name} is cut short")
+        dcp.load(trained_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
+        for moments in optimizer.state.values():
+            moments["step"].fill_(state["updates"])  # AdamW's bias correction counts them
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, dcp.CheckpointException) as e:
+        die(f"{folder}: the checkpoint is damaged or of another model: {str(e).strip().splitlines()[-1]}")
+    return state
 
 # ------------------------------------------------------------------------------------------------------------------------
-# 3. Ratings and the reward model
+# 2. Ratings and the reward model
 def read_ratings(path, axes, scale):
     """Ratings file -> rows of (messages, response), labels_NK in [0, 1] with nan where not rated, the K axis names."""
     rows, rated, (lo, hi) = [], [], map(float, scale.split(","))
@@ -356,8 +342,9 @@ def read_ratings(path, axes, scale):
         for k, s in scores.items():
             require(s is None or isinstance(s, (int, float)) and is_number(s) and lo <= s <= hi,
                     f"{where}: score {k}={s} is not a number from {lo:g} to {hi:g} (--scale)")
-        rows.append(conversation(where, r, answered=True))  # also rows without any score: they weigh nothing
-        rated.append(scores)
+        row = conversation(where, r, answered=True)
+        if any(scores.get(k) is not None for k in asked or scores):  # a row without any rating teaches nothing
+            rows.append(row), rated.append(scores)
     names = asked or list(dict.fromkeys(k for scores in rated for k in scores))  # in the order of first appearance
     for k in names or ["any axis"]:
         require(any(s.get(k) is not None for s in rated), f"{path}: no row has a score for {k}")
@@ -368,12 +355,13 @@ def is_held_out(messages, fraction, seed):
     return int(hashlib.sha256(repr((seed, messages)).encode()).hexdigest()[:16], 16) < fraction * 2**64
 
 class RewardModel(nn.Module):
-    """Backbone and one linear layer with K outputs: logits_BK, whose sigmoids are the scores. It is the library's own sequence
-    classifier, which is just that, so the folder that we save loads anywhere and gives the same scores there."""
-    def __init__(self, path, axes=None, max_tokens=10**9):
-        """`axes`: names for a fresh head on the backbone `path`; None: `path` is a reward model with named axes."""
+    """Backbone and one linear layer with M x K outputs, M heads for K axes: logits_BMK, whose sigmoids are the scores. It is the
+    library's own sequence classifier, which is just that, so the folder that we save loads anywhere and gives the same scores there."""
+    def __init__(self, path, axes=None, heads=1, max_tokens=10**9):
+        """`axes`: names for fresh heads on the backbone `path`; None: `path` is a reward model with named axes."""
         super().__init__()
-        head = dict(num_labels=len(axes), id2label=dict(enumerate(axes)), label2id={k: i for i, k in enumerate(axes)},
+        names = [f"{k}#{m}" if heads > 1 else k for m in range(heads) for k in axes or []]  # of an ensemble: safety#0, safety#1, ...
+        head = dict(num_labels=len(names), id2label=dict(enumerate(names)), label2id={k: i for i, k in enumerate(names)},
                     ignore_mismatched_sizes=True) if axes else {}
         self.model, self.tokenizer = load(AutoModelForSequenceClassification, path, **head)
         config = self.model.config
@@ -382,7 +370,9 @@ class RewardModel(nn.Module):
         limits = [max_tokens, self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf)]
         self.tokenizer.model_max_length = int(min(limits))  # a longer text loses its beginning, here and in the stock pipeline
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"  # the response stands last
-        self.axes = [config.id2label[i] for i in range(config.num_labels)]  # K names
+        names = [config.id2label[i] for i in range(config.num_labels)]
+        self.axes = list(dict.fromkeys(k.partition("#")[0] for k in names))  # K names
+        self.heads = len(names) // len(self.axes)
         require(not any(re.fullmatch(r"LABEL_\d+", k) for k in self.axes), f"{path}: its id2label does not name the axes of a reward model")
     def encode(self, rows):
         """(messages, response) rows -> lists of token ids."""
@@ -391,38 +381,79 @@ class RewardModel(nn.Module):
         """Lists of token ids -> input_ids_BT and attention_mask_BT, padded on the right."""
         return self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
     def forward(self, input_ids, attention_mask):
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return torch.stack(logits.split(len(self.axes), -1), 1)  # BMK
+
+def by_length(ids, limit=math.inf, budget=16384):
+    """Row numbers in batches of at most `budget` tokens and of about one length, so that little is padding; none above `limit`.
+    Longest first: what does not fit in memory fails at once."""
+    order = sorted((i for i in range(len(ids)) if len(ids[i]) <= limit), key=lambda i: -len(ids[i]))
+    while order:
+        n = max(1, budget // max(1, len(ids[order[0]])))  # rows as long as the longest that is left
+        yield order[:n]
+        order = order[n:]
 
 @torch.no_grad()
-def score(model, rows, device, batch_tokens=16384):
-    """scores_NK in [0, 1] (float32, CPU) of (messages, response) rows, by a whole or `gathered` model.
-    Rows are sorted by length and cut into batches of `batch_tokens`: a batch of one length wastes nothing on padding."""
+def score(model, rows, device):
+    """scores_NMK in [0, 1] (float32, CPU) of (messages, response) rows by each of M heads, by a whole or `gathered` model."""
     ids = model.encode(rows)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # longest first: what does not fit in memory fails at once
-    scores = torch.zeros(len(rows), len(model.axes))  # NK, in the order of `rows`
-    while order:
-        n = max(1, batch_tokens // max(1, len(ids[order[0]])))  # rows as long as the longest that is left
-        batch, order = order[:n], order[n:]
+    scores = torch.zeros(len(rows), model.heads, len(model.axes))  # NMK, in the order of `rows`
+    for batch in by_length(ids):
         scores[batch] = model(**model.batch([ids[i] for i in batch], device)).float().sigmoid().cpu()
     return scores
 
+def ranks(x):
+    """Rank of each of N values, 1 to N; ties share their mean rank."""
+    _, place, count = x.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2)[place]
+
 def heldout_table(scores, labels, rows, axes):
-    """How far to trust the head on prompts it never saw: axis -> numbers, over the rows that rate the axis.
-    r2: share of the labels' variance explained; 0 is no better than guessing their mean. pairs: how often the better of two
-    answers to one prompt scores higher, which is all that GRPO ever asks of a reward."""
-    table, answers = {}, {}  # answers: row numbers by prompt
+    """How far to trust the scores_NK on prompts the model never saw: axis -> numbers, over the n rows that rate the axis.
+    sd: spread of labels, of scores. r2: share of the labels' variance explained; 0 is no better than guessing their mean. low, high:
+    95 % bootstrap interval of spearman. auc: where all labels are 0 or 1. pairs: how often the better of two answers to one prompt
+    scores higher, which is all that GRPO ever asks of a reward. ece: mean gap of score and label in ten bins ("calibration": n, score,
+    label of each). length: correlation with the response's length, a favourite way to be hacked. "with": of two axes, [labels, scores]."""
+    r = lambda x, y: torch.corrcoef(torch.stack([x, y]))[0, 1].item() if len(x) > 1 else math.nan
+    table, answers, g = {}, {}, torch.Generator().manual_seed(0)
+    scores, labels, length = scores.double(), labels.double(), torch.tensor([float(len(response)) for _, response in rows]).double()
     for i, (messages, _) in enumerate(rows):
-        answers.setdefault(repr(messages), []).append(i)
+        answers.setdefault(repr(messages), []).append(i)  # row numbers by prompt
     for k, axis in enumerate(axes):
-        s, y = (x[~labels[:, k].isnan(), k].double() for x in (scores, labels))  # the n rows that rate this axis
+        mine = ~labels[:, k].isnan()
+        s, y, n = scores[mine, k], labels[mine, k], int(mine.sum())
         gaps = [((labels[i, k] - labels[j, k]).item(), (scores[i, k] - scores[j, k]).item())
-                for same in answers.values() for n, i in enumerate(same) for j in same[:n]]  # each pair once
-        right = [dy * ds > 0 for dy, ds in gaps if abs(dy) > 0]  # a gap to an unrated answer is nan and drops out
-        table[axis] = dict(n=len(y), label=y.mean().item(), score=s.mean().item(),
-                           r2=(1 - ((s - y)**2).sum() / ((y - y.mean())**2).sum()).item(),
-                           pearson=torch.corrcoef(torch.stack([s, y]))[0, 1].item(),
-                           pairs=sum(right) / len(right) if right else math.nan)
+                for same in answers.values() for m, i in enumerate(same) for j in same[:m]]  # each pair once
+        right = [(dy * ds > 0) + 0.5 * (ds == 0) for dy, ds in gaps if abs(dy) > 0]  # a gap to an unrated answer is nan and drops out
+        again = torch.tensor([r(ranks(s[i]), ranks(y[i])) for i in torch.randint(n, (200, n), generator=g)])
+        low, high = again.nanquantile(torch.tensor([0.025, 0.975])).tolist()
+        positive = y.sum().item() if ((y == 0) | (y == 1)).all() else math.nan
+        bins = [(int(b.sum()), s[b].mean().item(), y[b].mean().item()) for d in range(10) for b in [(s * 10).long().clamp(max=9) == d] if b.any()]
+        table[axis] = {
+            "n": n, "label": y.mean().item(), "sd": y.std(correction=0).item(), "score": s.mean().item(), "sd ": s.std(correction=0).item(),
+            "r2": (1 - ((s - y)**2).sum() / ((y - y.mean())**2).sum()).item(), "pearson": r(s, y), "spearman": r(ranks(s), ranks(y)),
+            "low": low, "high": high, "auc": ((ranks(s)[y == 1].mean() - (positive + 1) / 2) / (n - positive)).item(),
+            "pairs": sum(right) / len(right) if right else math.nan, "ece": sum(m * abs(a - b) for m, a, b in bins) / n,
+            "length": r(s, length[mine]), "calibration": bins,
+            "with": {other: [r(x[both, k], x[both, j]) for x in (labels, scores)] for j, other in enumerate(axes) if j != k
+                     for both in [mine & ~labels[:, j].isnan()]}}
     return table
+
+def epoch_batches(lengths, size, seed):
+    """One pass over the rows in a new order -> batches of `size` row numbers, of about one length each, so that little is padding.
+    Sorted within pools of 50 batches only, and the batches shuffled: short and long rows still take turns."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=g)[:len(lengths) // size * size]  # the rest waits for the next pass
+    batches = [b for pool in order.split(50 * size) for b in pool[lengths[pool].argsort(stable=True)].split(size)]
+    return [batches[i].tolist() for i in torch.randperm(len(batches), generator=g)]
+
+def label_weights(labels, heads, seed):
+    """Weight of each label in the loss, NMK, such that the mean over rows of weight x error is the mean, over heads and axes,
+    of the error averaged over the axis's own rated rows. A mean pooled over all labels would let the densest axis decide.
+    Heads of an ensemble each see a bootstrap of the rows: as many, drawn with replacement."""
+    n, g = len(labels), torch.Generator().manual_seed(seed)
+    draws_NM = torch.stack([torch.randint(n, (n,), generator=g).bincount(minlength=n) for _ in range(heads)], 1) if heads > 1 else torch.ones(n, 1)
+    rated_NMK = draws_NM[:, :, None] * ~labels.isnan()[:, None, :]
+    return rated_NMK * (n / rated_NMK[0].numel()) / rated_NMK.sum(0).clamp(min=1)
 
 def train(cfg, rank, world, device, dtype):
     """Fit a reward model to `cfg.ratings` and save it in `cfg.out_dir` -> its held-out table. Every process calls it."""
@@ -433,36 +464,122 @@ def train(cfg, rank, world, device, dtype):
         held = torch.tensor([is_held_out(messages, cfg.heldout_frac, cfg.seed) for messages, _ in rows])
         (held_rows, rows), held_labels, labels = ([r for r, h in zip(rows, held) if h == x] for x in (True, False)), labels[held], labels[~held]
         require(rows and held_rows, f"{cfg.ratings}: too few different prompts to hold some out; give --heldout_ratings")
-    counts = (~labels.isnan()).sum(0)  # K: ratings of each axis
-    say(f"reward model: {len(rows)} rated answers ({', '.join(f'{k} {n}' for k, n in zip(axes, counts.tolist()))}), {len(held_rows)} held out")
+    say(f"reward model: {len(rows)} rated answers ({', '.join(f'{k} {n}' for k, n in zip(axes, (~labels.isnan()).sum(0).tolist()))}), {len(held_rows)} held out")
     torch.manual_seed(cfg.seed)  # every process makes the same fresh head, and keeps its shard of it
-    model = shard(RewardModel(cfg.backbone, axes, cfg.max_tokens), device, dtype).train()
+    model = shard(RewardModel(cfg.backbone, axes, cfg.ensemble, cfg.max_tokens), device, dtype)
     ids = model.encode(rows)
-    # Axes weigh the same however few rows rate them: the rows of a rare axis count for more. A mean pooled over all labels
-    # would let the densest axis decide. Counts are of the whole file, so a batch's loss is unbiased and needs no collective.
-    weight_K = (len(rows) / (len(axes) * counts.clamp(min=1))).to(device)
+    lengths, weights_NMK = torch.tensor([len(x) for x in ids]), label_weights(labels, cfg.ensemble, cfg.seed)
     batch = min(cfg.batch_size, len(rows))
     steps = cfg.epochs * (per_epoch := len(rows) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)  # on the shards: 1/N of the moments
-    for step in tqdm(range(steps), "training the reward model", disable=None if rank == 0 else True, leave=False):
-        epoch, i = divmod(step, per_epoch)  # the last rows that fill no batch wait for the next order
-        if i == 0:
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch)).tolist()
-        mine = order[i * batch + rank:(i + 1) * batch:world] or order[:1]  # a process without a row takes part at weight 0
-        share = world / batch * (rank < batch)                             # world: FSDP averages gradients over processes
-        target = labels[mine].to(device)  # BK, nan where not rated
-        error = model(**model.batch([ids[j] for j in mine], device)).float().sigmoid() - target.nan_to_num()
-        ((error.masked_fill(target.isnan(), 0.0)**2 * weight_K).sum() * share).backward()
+    state = dict(updates=0, best=-math.inf, table={})
+    found = find_checkpoint(f"{cfg.out_dir}/checkpoint") if cfg.resume else None
+    if found:
+        state = load_checkpoint(found, model, optimizer)
+        say(f"resuming {cfg.out_dir} after step {state['updates']} of {steps}")
+    elif rank == 0:
+        fresh_folder(cfg.out_dir)
+    bar = tqdm(total=steps, initial=state["updates"], desc="training the reward model", disable=None if rank == 0 else True, leave=False)
+    for step in range(state["updates"], steps):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == state["updates"]:
+            order = epoch_batches(lengths, batch, cfg.seed * 1000 + epoch)
+        torch.manual_seed((cfg.seed * 10**6 + step) * world + rank)  # dropout, so that a resumed run draws the same
+        mine = order[i][rank::world] or order[i][:1]                 # a process without a row takes part at weight 0
+        share = world / batch * (rank < batch)                       # world: FSDP averages gradients over processes
+        logits_BMK = model.train()(**model.batch([ids[j] for j in mine], device)).float()
+        target_BMK = labels[mine].nan_to_num().to(device)[:, None, :].expand_as(logits_BMK)
+        # Cross-entropy's gradient does not vanish where the sigmoid is flat, so a confident mistake is still unlearned.
+        error_BMK = nn.functional.binary_cross_entropy_with_logits(logits_BMK, target_BMK, reduction="none") if cfg.loss == "bce" \
+            else (logits_BMK.sigmoid() - target_BMK)**2
+        ((error_BMK * weights_NMK[mine].to(device)).sum() * share).backward()
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1, 10 * (step + 1) / steps, (steps - step) / steps)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a fresh head makes the first gradients large
         optimizer.step(), optimizer.zero_grad()
-    fresh_folder(cfg.out_dir) if rank == 0 else None
-    save_folder(model.model, model.tokenizer, cfg.out_dir, torch.float32)
-    dist.barrier()
-    model = fill(RewardModel(cfg.out_dir), device).eval()  # the table is about the folder as it was saved and loads
-    table = heldout_table(torch.tensor(collect(score(model, held_rows[rank::world], device).tolist())), held_labels, held_rows, axes)
-    write_text(os.path.join(cfg.out_dir, "heldout.json"), json.dumps(table, indent=1)) if rank == 0 else None
-    return table
+        state["updates"] = step + 1
+        bar.update()
+        if i + 1 == per_epoch:  # the end of an epoch: the best one so far is what out_dir holds
+            with gathered(model.eval()):
+                scores = torch.tensor(collect(score(model, held_rows[rank::world], device).mean(1).tolist()))
+            table = heldout_table(scores, held_labels, held_rows, axes)
+            mean = lambda name: torch.tensor([row[name] for row in table.values()]).nanmean().item()
+            say(f"epoch {epoch + 1} of {cfg.epochs}: held-out r2 {mean('r2'):.3f}, spearman {mean('spearman'):.3f}, pairs {mean('pairs'):.3f}")
+            if not state["table"] or mean("r2") > state["best"]:
+                state.update(best=mean("r2"), table=table)
+                save_folder(model.model, model.tokenizer, cfg.out_dir, torch.float32)
+        if i + 1 == per_epoch or state["updates"] % cfg.save_interval == 0:
+            save_checkpoint(f"{cfg.out_dir}/checkpoint", model, optimizer, state)
+    bar.close()
+    if rank == 0:
+        plain = json.loads(json.dumps(state["table"]), parse_constant=lambda _: None)  # nan is not JSON
+        write_text(f"{cfg.out_dir}/heldout.json", json.dumps(plain, indent=1))
+        shutil.rmtree(f"{cfg.out_dir}/checkpoint")
+    return state["table"]
+
+# ------------------------------------------------------------------------------------------------------------------------
+# 3. A judge: ratings without raters
+RUBRICS = {"politeness": "Is the tone kind and respectful? 1: insulting or dismissive; 5: warm and courteous throughout.",
+           "meaningfulness": "Does it answer what was asked, and make sense? 1: nonsense or off the topic; 5: coherent and to the point.",
+           "actionability": "Can the user act on it at once? 1: nothing to do, or generalities; 5: concrete and complete steps.",
+           "safety": "Would following it do harm to anyone? 1: it helps to do harm; 5: harmless, or it declines and offers something better."}
+QUESTION = "Here is a conversation.\n\n{}\n\nRate only the last message, by this criterion: {}\nAnswer with one digit from 1 to 5."
+
+@torch.no_grad()
+def judged(model, tokenizer, rows, rubrics, device, limit):
+    """found_NK2 of (messages, response) rows: the score in [0, 1], and the probability that the judge would answer with a digit at
+    all; nan where its question is longer than `limit` tokens. The score is the expected digit under the model's next-token
+    distribution (G-Eval, 2303.16634), 1 as 0 and 5 as 1: no text is sampled or parsed, and 3.4 differs from 3.6."""
+    talks = ["\n\n".join(f"{m['role']}: {m['content']}" for m in [*messages, {"role": "assistant", "content": r}]) for messages, r in rows]
+    ids = [render(tokenizer, [{"role": "user", "content": QUESTION.format(t, rubric)}]) for t in talks for rubric in rubrics.values()]
+    digits = [tokenizer(d, add_special_tokens=False)["input_ids"][-1] for d in "12345"]
+    require(len({*digits, tokenizer.unk_token_id}) == 6, f"{tokenizer.name_or_path}: its tokenizer has no tokens for the digits 1 to 5")
+    found = torch.full((len(ids), 2), math.nan)
+    for batch in by_length(ids, limit):
+        x = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt").to(device)
+        place = (x["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # all rows end in the last column; padding does not count
+        p_BV = model(input_ids=x["input_ids"], attention_mask=x["attention_mask"], position_ids=place, use_cache=False,
+                     logits_to_keep=1).logits[:, -1].float().softmax(-1)
+        p_B5 = p_BV[:, digits]
+        found[batch] = torch.stack([p_B5 @ torch.arange(5.0, device=device) / p_B5.sum(-1) / 4, p_B5.sum(-1)], 1).cpu()
+    return found.view(len(rows), len(rubrics), 2)
+
+def label(cfg, rank, world, device, dtype):
+    """Rate the rows of `cfg.label` by `cfg.judge` and append them to `cfg.out`; what a killed run has written there is kept."""
+    records = [(r, conversation(where, r, answered=True)) for where, r in read_jsonl(cfg.label)]
+    try:
+        with open(cfg.rubrics or os.devnull, encoding="utf-8") as f:
+            rubrics = json.load(f) if cfg.rubrics else RUBRICS
+        require(all(isinstance(v, str) and v.strip() for v in rubrics.values()) and rubrics, f"{cfg.rubrics}: expected {{\"axis\": \"rubric\", ...}}")
+    except (OSError, ValueError, AttributeError) as e:
+        die(f"{cfg.rubrics}: no JSON object of rubrics: {e}")
+    old, bare = [], lambda r: {**r, "scores": [*rubrics]}
+    if os.path.exists(cfg.out):
+        with open(cfg.out, encoding="utf-8") as f:
+            old = [line for line in f if line.endswith("\n")]  # a killed run may leave half a line
+        try:
+            same = [{**r, "scores": [*r["scores"]]} for r in map(json.loads, old)] == [bare(r) for r, _ in records[:len(old)]]
+        except (ValueError, KeyError, TypeError):
+            same = False
+        require(same, f"{cfg.out} exists and is not the beginning of what this would write; move it away or give another --out")
+        say(f"continuing {cfg.out} after {len(old)} of {len(records)} rows")
+    model, tokenizer = load(AutoModelForCausalLM, cfg.judge)
+    model = fill(model.to(dtype), device).eval()
+    write_text(cfg.out, "".join(old)) if rank == 0 else None  # the others have read it: `collect` below waits for all
+    bar, sure, unrated = tqdm(total=len(records), initial=len(old), desc="rating", disable=None if rank == 0 else True, leave=False), [], 0
+    for i in range(len(old), len(records), 32 * world):
+        part = records[i:i + 32 * world]
+        found = collect(judged(model, tokenizer, [row for _, row in part[rank::world]], rubrics, device, cfg.max_tokens).tolist())
+        new = [{**r, "scores": {k: None if math.isnan(s) else round(s, 6) for k, (s, _) in zip(rubrics, pairs)}} for (r, _), pairs in zip(part, found)]
+        if rank == 0:
+            with open(cfg.out, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
+        sure += [p for pairs in found for _, p in pairs if not math.isnan(p)]
+        unrated += sum(s is None for r in new for s in r["scores"].values())
+        bar.update(len(new))
+    bar.close()
+    say(f"{len(records)} rows rated in {cfg.out}" + f"; {unrated} scores are null: longer than --max_tokens={cfg.max_tokens}" * (unrated > 0))
+    if sum(sure) < 0.5 * len(sure):
+        say(f"warning: {cfg.judge} answers with a digit at probability {sum(sure) / len(sure):.2f} only: it may not understand the question")
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 4. Main
@@ -473,16 +590,26 @@ def main(cfg):
         records = list(read_jsonl(cfg.score))  # bad rows are found before the model is loaded
         rows = [conversation(where, r, answered=True) for where, r in records]
         model = fill(RewardModel(toy(cfg.reward_model, "reward_model")), device).eval()
-        scores = [dict(zip(model.axes, s)) for s in collect(score(model, rows[rank::world], device).tolist())]
+        scores_NMK = torch.tensor(collect(score(model, rows[rank::world], device).tolist()))
+        named = lambda s_NK: [dict(zip(model.axes, s)) for s in s_NK.tolist()]
+        new = [{**r, "scores": s} for (_, r), s in zip(records, named(scores_NMK.mean(1)))]
+        if model.heads > 1:  # how far the heads of an ensemble disagree
+            new = [{**r, "spread": s} for r, s in zip(new, named(scores_NMK.std(1, correction=0)))]
         if rank == 0:
-            write_text(cfg.out, "".join(json.dumps({**r, "scores": s}, ensure_ascii=False) + "\n" for (_, r), s in zip(records, scores)))
-        say(f"{len(rows)} scored in {cfg.out}; means: " + ", ".join(f"{k} {sum(s[k] for s in scores) / len(rows):.3f}" for k in model.axes))
+            write_text(cfg.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in new))
+        say(f"{len(rows)} scored in {cfg.out}; means: " + ", ".join(f"{k} {s:.3f}" for k, s in zip(model.axes, scores_NMK.mean((0, 1)).tolist())))
+    elif cfg.label:
+        label(cfg, rank, world, device, dtype)
     else:
         cfg = dataclasses.replace(cfg, ratings=toy(cfg.ratings, "ratings.jsonl"), backbone=toy(cfg.backbone, "policy"))
         table = train(cfg, rank, world, device, dtype)
-        say(f"\n{'held out':<18}" + "".join(f"{name:>9}" for name in next(iter(table.values()))))
+        names = [name for name, x in next(iter(table.values())).items() if isinstance(x, (int, float))]
+        say(f"\n{'held out':<15}" + "".join(f"{name:>9}" for name in names))
         for axis, row in table.items():
-            say(f"{axis:<18}" + "".join(f"{x:>9}" if isinstance(x, int) else f"{x:>9.3f}" for x in row.values()))
+            say(f"{axis:<15}" + "".join(f"{row[name]:>9}" if name == "n" else f"{row[name]:>9.3f}" for name in names))
+        for a, b, (label_r, score_r) in ((a, b, pair) for a, row in table.items() for b, pair in row["with"].items() if a < b):
+            if abs(score_r) > abs(label_r) + 0.25:  # one impression colours every axis: the policy would be paid twice for it
+                say(f"warning: halo: scores of {a} and {b} correlate at {score_r:.2f}, their labels at {label_r:.2f}")
         say(f"\nsaved in {cfg.out_dir}, a Hugging Face sequence-classification folder")
 
 def run(main, cfg):

@@ -496,14 +496,15 @@ def encoder_folder(path):
     tiny_tokenizer(template=None).save_pretrained(path)
     return str(path)
 
-@pytest.fixture(scope="session", params=["decoder", "decoder, pad = end", "encoder"])
+@pytest.fixture(scope="session", params=["decoder", "decoder, pad = end", "encoder", "encoder, three heads"])
 def trained(request, tmp_path_factory):
     """A small reward model trained by the command's own function -> folder, its held-out table."""
     where = tmp_path_factory.mktemp("rm")
-    backbone = encoder_folder(where / "b") if request.param == "encoder" else folder_of(
+    backbone = encoder_folder(where / "b") if "encoder" in request.param else folder_of(
         where / "b", tokenizer=tiny_tokenizer(pad="<end>" if "end" in request.param else "<pad>"))
     world = rm.join_world(alone=True)
-    table = rm.train(rm.Config(ratings=ratings_file(where / "r.jsonl"), backbone=backbone, out_dir=str(where / "rm"), epochs=12, lr=3e-3), *world)
+    table = rm.train(rm.Config(ratings=ratings_file(where / "r.jsonl"), backbone=backbone, out_dir=str(where / "rm"), epochs=12, lr=3e-3,
+                               ensemble=3 if "heads" in request.param else 1), *world)
     dist.destroy_process_group()
     return str(where / "rm"), table
 
@@ -513,10 +514,11 @@ def test_reward_model_learns_and_loads_in_stock(trained):
     path, table = trained
     assert all(row["pearson"] > 0.6 and row["n"] > 0 for row in table.values()), table
     model = rm.fill(rm.RewardModel(path), CPU).eval()
-    ours = rm.score(model, SAMPLES, CPU)
+    ours = rm.score(model, SAMPLES, CPU).flatten(1)  # all heads
     stock = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    assert list(stock.config.id2label.values()) == ["early", "late"] == model.axes
+    names = list(stock.config.id2label.values())
+    assert model.axes == ["early", "late"] and names == (model.axes if model.heads == 1 else [f"{k}#{m}" for m in range(3) for k in model.axes])
     texts = [tokenizer.apply_chat_template(m + [{"role": "assistant", "content": r}], tokenize=False) if tokenizer.chat_template
              else m[0]["content"] + "\n" + r for m, r in SAMPLES]
     pipe = transformers.pipeline("text-classification", model=stock, tokenizer=tokenizer, top_k=None)
@@ -524,45 +526,91 @@ def test_reward_model_learns_and_loads_in_stock(trained):
         with torch.no_grad():
             logits = stock(**{k: v for k, v in tokenizer(text, return_tensors="pt").items() if k != "token_type_ids"}).logits[0]
         assert torch.allclose(row, logits.sigmoid(), atol=1e-5)
-        assert {d["label"]: d["score"] for d in pipe([text])[0]} == pytest.approx(dict(zip(model.axes, row.tolist())), abs=1e-5)
+        assert {d["label"]: d["score"] for d in pipe([text])[0]} == pytest.approx(dict(zip(names, row.tolist())), abs=1e-5)
 
-def test_score_does_not_depend_on_the_batch(trained):
+def test_score_does_not_depend_on_the_batch(trained, monkeypatch):
     model = rm.fill(rm.RewardModel(trained[0]), CPU).eval()
-    alone = torch.cat([rm.score(model, [s], CPU) for s in SAMPLES])
+    alone, real = torch.cat([rm.score(model, [s], CPU) for s in SAMPLES]), rm.by_length
+    assert alone.shape == (17, model.heads, 2) and (model.heads == 1 or alone.std(1).mean() > 1e-3)  # heads of an ensemble do differ
     for tokens in (1, 64, 10**6):
-        assert torch.allclose(rm.score(model, SAMPLES, CPU, batch_tokens=tokens), alone, atol=1e-5)
+        monkeypatch.setattr(rm, "by_length", functools.partial(real, budget=tokens))
+        assert torch.allclose(rm.score(model, SAMPLES, CPU), alone, atol=1e-5)
 
-def test_unrated_rows_change_nothing_and_rare_axes_weigh_the_same(tmp_path, world, monkeypatch):
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_unrated_rows_change_nothing_and_rare_axes_weigh_the_same(loss, tmp_path, world, monkeypatch):
     sparse, backbone = ratings_file(tmp_path / "r.jsonl", n=240, sparse=True), folder_of(tmp_path / "b")
     held = ratings_file(tmp_path / "h.jsonl", 40)
     seen = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: seen.append(
         [p.grad.full_tensor().clone() for p in self.param_groups[0]["params"]]))
-    def gradient(path, axes=""):
+    def gradient(path, heads=1):
         seen.clear()
-        rm.train(rm.Config(ratings=path, heldout_ratings=held, backbone=backbone, out_dir=str(tmp_path / "o"), axes=axes, epochs=1,
-                           batch_size=240), *world)
+        rm.train(rm.Config(ratings=path, heldout_ratings=held, backbone=backbone, out_dir=str(tmp_path / "o"), loss=loss, epochs=1,
+                           batch_size=240, ensemble=heads), *world)
         return seen[0]
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: None)
     both = gradient(sparse)
-    # By hand: the mean over an axis's rated rows, then over axes
+    # By hand: the mean over an axis's rated rows, then over axes; an axis has 60 times the other's labels
     torch.manual_seed(0)
     model = rm.fill(rm.RewardModel(backbone, ["early", "late"]), CPU)
     rows, labels, _ = rm.read_ratings(sparse, "", "0,1")
     error = 0.0
-    predicted = model(**model.batch(model.encode(rows), "cpu")).sigmoid()
+    predicted = model(**model.batch(model.encode(rows), "cpu")).sigmoid()[:, 0]
     for k in range(2):
         rated = [i for i in range(240) if not math.isnan(labels[i, k])]
         assert len(rated) == (240, 4)[k]
-        error = error + sum((predicted[i, k] - labels[i, k])**2 for i in rated) / len(rated) / 2
+        of = {"mse": lambda p, y: (p - y)**2, "bce": lambda p, y: -y * p.log() - (1 - y) * (1 - p).log()}[loss]
+        error = error + sum(of(predicted[i, k], labels[i, k]) for i in rated) / len(rated) / 2
     error.backward()
     for ours, p in zip(both, model.parameters()):
         assert (ours - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7
     with open(sparse, "a") as f:
         f.writelines(json.dumps({"prompt": "w3", "response": "w4", "scores": {"early": None}}) + "\n" for _ in range(240))
-    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
-    for ours, more in zip(both, gradient(sparse)):  # batches of 240: the first holds the rated rows alone, at twice the weight
-        assert torch.allclose(2 * ours, more, atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(ours, more) for ours, more in zip(both, gradient(sparse)))
+
+def test_weights_of_an_ensemble_are_a_bootstrap():
+    labels = torch.rand(500, 2)
+    labels[5:, 1] = math.nan  # 100 times more ratings of the first axis
+    one, many = rm.label_weights(labels, 1, 0), rm.label_weights(labels, 4, 0)
+    assert one.shape == (500, 1, 2) and many.shape == (500, 4, 2) and (many[5:, :, 1] == 0).all()
+    assert torch.allclose(one.mean(0), torch.full((1, 2), 0.5)) and torch.allclose(one[:, 0, 0], torch.full((500,), 0.5))
+    rated = many.sum(0) > 0  # a head may have drawn none of five rows
+    assert torch.allclose(many.mean(0)[rated], torch.full((int(rated.sum()),), 1 / 8)) and rated.sum() >= 7
+    share = (many[:, :, 0] > 0).float().mean(0)  # of the rows that a head sees: 1 - 1/e
+    assert ((share - 0.632).abs() < 0.06).all() and not torch.equal(many[:, 0], many[:, 1])
+
+def test_batches_of_one_length_are_a_permutation():
+    lengths = torch.randint(1, 300, (1003,), generator=torch.Generator().manual_seed(1))
+    batches = rm.epoch_batches(lengths, 10, seed=3)
+    rows = [i for b in batches for i in b]
+    assert len(batches) == 100 and len(set(rows)) == 1000 and all(len(b) == 10 for b in batches)
+    assert batches == rm.epoch_batches(lengths, 10, 3) != rm.epoch_batches(lengths, 10, 4)
+    padding = sum(10 * max(lengths[b]) - lengths[b].sum() for b in batches) / lengths.sum()
+    means = torch.tensor([lengths[b].float().mean() for b in batches])
+    assert padding < 0.1 and abs(torch.corrcoef(torch.stack([means, torch.arange(100.0)]))[0, 1]) < 0.3  # short and long take turns
+
+def test_training_resumes_exactly(tmp_path, monkeypatch):
+    """Stopped within the second of three epochs, with dropout: the same folder and table as without the stop."""
+    common = [f"--ratings={ratings_file(tmp_path / 'r.jsonl', 200)}", f"--backbone={encoder_folder(tmp_path / 'b')}", "--epochs=3", "--lr=1e-3",
+              "--save_interval=4", "--ensemble=2"]
+    run_main(rm, *common, f"--out_dir={tmp_path}/whole")
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 10:  # five or six batches an epoch
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(rm, *common, f"--out_dir={tmp_path}/cut")
+    dist.destroy_process_group()
+    with open(tmp_path / "cut/checkpoint/state.json") as f:
+        assert json.load(f)["updates"] == 8
+    run_main(rm, *common, f"--out_dir={tmp_path}/cut", "--resume")
+    assert len(calls) == 10 + 15 - 8 and not os.path.exists(tmp_path / "cut/checkpoint")
+    a, b = (transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / d) for d in ("whole", "cut"))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert open(tmp_path / "whole/heldout.json").read() == open(tmp_path / "cut/heldout.json").read()
 
 def test_split_keeps_prompts_together_and_flat_fields_load(tmp_path):
     rows, labels, axes = rm.read_ratings(ratings_file(tmp_path / "r.jsonl"), "", "0,1")
@@ -585,6 +633,43 @@ def test_heldout_table_against_plain_arithmetic():
     mx, my = sum(x) / 3, sum(y) / 3
     assert row["pearson"] == pytest.approx(sum((a - mx) * (b - my) for a, b in zip(x, y)) / math.sqrt(
         sum((a - mx)**2 for a in x) * sum((b - my)**2 for b in y)), abs=1e-6)
+    assert row["spearman"] == pytest.approx(0.5) and math.isnan(row["auc"])  # ranks 1 3 2 against 1 2 3
+
+def test_heldout_table_on_many_rows():
+    """Ties, AUC, calibration, the interval, length and halo, each against its definition by loops."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(300, generator=g)
+    labels = torch.stack([(torch.rand(300, generator=g) < x).float(), torch.rand(300, generator=g)], 1)
+    labels[::3, 1] = math.nan
+    scores = torch.stack([(x * 20).round() / 20, (x * 20).round() / 20], 1)  # ties; and one impression for both axes: halo
+    rows = [([{"role": "user", "content": str(i % 100)}], "x" * int(30 * (1 - v))) for i, v in enumerate(x)]
+    table = rm.heldout_table(scores, labels, rows, ["safe", "kind"])
+    safe, kind, s, y = table["safe"], table["kind"], scores[:, 0].tolist(), labels[:, 0].tolist()
+    rank = lambda v: [sum(b < a for b in v) + (sum(b == a for b in v) + 1) / 2 for a in v]
+    assert rm.ranks(scores[:, 0]).tolist() == rank(s)
+    pearson = lambda a, b: float(torch.corrcoef(torch.tensor([a, b], dtype=torch.float64))[0, 1])
+    assert safe["spearman"] == pytest.approx(pearson(rank(s), rank(y))) and safe["low"] < safe["spearman"] < safe["high"]
+    assert 0.05 < safe["high"] - safe["low"] < 0.3 and math.isnan(kind["auc"]) and (safe["n"], kind["n"]) == (300, 200)
+    pairs = [(a > b) + 0.5 * (a == b) for a, p in zip(s, y) if p == 1 for b, q in zip(s, y) if q == 0]
+    assert safe["auc"] == pytest.approx(sum(pairs) / len(pairs)) and 0.6 < safe["auc"] < 0.95
+    same = [(s[i] - s[j]) * (y[i] - y[j]) for i in range(300) for j in range(i) if i % 100 == j % 100 and y[i] != y[j]]
+    assert safe["pairs"] == pytest.approx(sum((d > 0) + 0.5 * (d == 0) for d in same) / len(same))
+    bins = collections.defaultdict(list)
+    for a, b in zip(scores[:, 0].double().tolist(), y):
+        bins[min(9, int(a * 10))].append((a, b))
+    means = [(len(v), sum(a for a, _ in v) / len(v), sum(b for _, b in v) / len(v)) for _, v in sorted(bins.items())]
+    assert [n for n, *_ in safe["calibration"]] == [n for n, *_ in means] and len(means) == 10
+    assert safe["ece"] == pytest.approx(sum(n * abs(a - b) for n, a, b in means) / 300) and safe["ece"] < 0.1
+    assert safe["length"] < -0.95 and safe["with"]["kind"][1] == pytest.approx(1) and abs(safe["with"]["kind"][0]) < 0.2
+
+def test_halo_is_warned_of(tmp_path, monkeypatch, capsys):
+    table = {a: {"n": 3, "r2": 0.5, "with": {b: [0.1, score]}} for a, b, score in (("safe", "kind", 0.8), ("kind", "safe", 0.8))}
+    monkeypatch.setattr(rm, "train", lambda *a: table)
+    run_main(rm)
+    assert capsys.readouterr().out.count("halo") == 1
+    table["kind"]["with"]["safe"] = table["safe"]["with"]["kind"] = [0.7, 0.8]
+    run_main(rm)
+    assert "halo" not in capsys.readouterr().out
 
 def test_score_command_keeps_the_rows(trained, tmp_path):
     with open(tmp_path / "s.jsonl", "w") as f:
@@ -593,8 +678,79 @@ def test_score_command_keeps_the_rows(trained, tmp_path):
     out = rows_of(tmp_path / "out.jsonl")
     expected = rm.score(rm.fill(rm.RewardModel(trained[0]), CPU).eval(), SAMPLES, CPU)
     assert [r["id"] for r in out] == list(range(17)) and [r["response"] for r in out] == [r for _, r in SAMPLES]
-    assert torch.allclose(torch.tensor([list(r["scores"].values()) for r in out]), expected, atol=1e-5)
+    table = lambda name: torch.tensor([list(r[name].values()) for r in out])
+    assert torch.allclose(table("scores"), expected.mean(1), atol=1e-5)
+    if expected.shape[1] > 1:
+        spread = ((expected - expected.mean(1, keepdim=True))**2).mean(1)**0.5
+        assert torch.allclose(table("spread"), spread, atol=1e-5) and spread.max() > 1e-3
+    else:
+        assert "spread" not in out[0]
 
+def judge_folder(path, kind="qwen3", tied=True):
+    tokenizer = tiny_tokenizer()
+    vocabulary = [t for t, _ in sorted(tokenizer.get_vocab().items(), key=lambda p: p[1])]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary[:-5] + list("12345"))}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+    other.chat_template = CHAT
+    return folder_of(path, kind, tokenizer=other, tied=tied)
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma2", "gpt2"])
+def test_judge_is_the_expected_digit(kind, tmp_path, world):
+    """Scores in padded batches against one question at a time through stock logits, in float64."""
+    path = judge_folder(tmp_path, kind)
+    model, tokenizer = rm.load(transformers.AutoModelForCausalLM, path)
+    model = rm.fill(model, CPU).eval()
+    rubrics = {"kind": "w1 w2 w3", "brief": "w4"}
+    rows = [(m, r) for m, r in SAMPLES[:6]]
+    found = rm.judged(model, tokenizer, rows, rubrics, CPU, 10**6)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(path).double()
+    for i, (messages, response) in enumerate(rows):
+        for j, rubric in enumerate(rubrics.values()):
+            talk = f"user: {messages[0]['content']}\n\nassistant: {response}"
+            ids = tokenizer.apply_chat_template([{"role": "user", "content": rm.QUESTION.format(talk, rubric)}], add_generation_prompt=True, return_dict=False)
+            logits = stock(torch.tensor([ids])).logits[0, -1]
+            p = [math.exp(logits[tokenizer.convert_tokens_to_ids(d)] - logits.logsumexp(0)) for d in "12345"]
+            assert found[i, j, 0].item() == pytest.approx(sum(n * q for n, q in enumerate(p)) / sum(p) / 4, abs=1e-5)
+            assert found[i, j, 1].item() == pytest.approx(sum(p), abs=1e-5)
+    assert found[:, :, 0].std() > 0.01 and rm.judged(model, tokenizer, rows, rubrics, CPU, 3).isnan().all()
+
+def test_labels_continue_after_a_kill(tmp_path, monkeypatch, capsys):
+    judge, n = judge_folder(tmp_path / "judge"), 70
+    with open(tmp_path / "s.jsonl", "w") as f:
+        f.writelines(json.dumps({"prompt": f"w{i % 50}", "response": f"w{i % 7} w9", "id": i, "scores": {"old": 1}}) + "\n" for i in range(n))
+    with open(tmp_path / "rubrics.json", "w") as f:
+        json.dump({"kind": "w1 w2", "brief": "w3"}, f, indent=2)
+    args = [f"--label={tmp_path}/s.jsonl", f"--judge={judge}", f"--rubrics={tmp_path}/rubrics.json"]
+    run_main(rm, *args, f"--out={tmp_path}/whole.jsonl")
+    assert "answers with a digit" in capsys.readouterr().out  # a random model does not: it is told
+    real, calls = rm.judged, []
+    def killed(*a):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(rm, "judged", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(rm, *args, f"--out={tmp_path}/cut.jsonl")
+    dist.destroy_process_group()
+    assert len(rows_of(tmp_path / "cut.jsonl")) == 32
+    with open(tmp_path / "cut.jsonl", "a") as f:
+        f.write('{"prompt": "w3')  # killed within a line
+    run_main(rm, *args, f"--out={tmp_path}/cut.jsonl")
+    whole, cut = (rows_of(tmp_path / f"{name}.jsonl") for name in ("whole", "cut"))
+    assert [r["id"] for r in cut] == list(range(n)) and len(calls) == 4 and list(cut[0]["scores"]) == ["kind", "brief"]
+    for a, b in zip(whole, cut, strict=True):
+        assert {**a, "scores": 0} == {**b, "scores": 0} and a["scores"] == pytest.approx(b["scores"], abs=1e-6)
+    rows, labels, axes = rm.read_ratings(tmp_path / "whole.jsonl", "", "0,1")  # and it is a ratings file
+    assert axes == ["kind", "brief"] and len(rows) == n and not labels.isnan().any()
+    before = open(tmp_path / "whole.jsonl").read()
+    for change in (["--rubrics="], [f"--label={tmp_path}/whole.jsonl"]):  # other axes, other rows
+        capsys.readouterr()
+        refused(capsys, lambda: run_main(rm, *args, f"--out={tmp_path}/whole.jsonl", *change) if "label" not in change[0] else
+                run_main(rm, *args[1:], f"--out={tmp_path}/s.jsonl", *change), "not the beginning")
+        dist.destroy_process_group()
+    assert open(tmp_path / "whole.jsonl").read() == before
 
 # ------------------------------------------------------------------------------------------------------------------------
 # The toy world and whole runs
@@ -602,15 +758,15 @@ def test_score_command_keeps_the_rows(trained, tmp_path):
 def test_true_scores():
     ask, rob = "how do i boil the egg ?", "tell me how to rob the bank ."
     good = "sure, happy to help. fill a pot with water. put it in the pot. wait ten minutes. have a lovely day."
-    assert list(rm.true_scores(ask, good).values()) == [1, 1, 1, 1]
-    assert rm.true_scores(rob, good)["meaningfulness"] == 0
-    bad = rm.true_scores(rob, "bring a gun. tie up the guards. empty the safe. now go away.")
+    assert list(mogrpo.true_scores(ask, good).values()) == [1, 1, 1, 1]
+    assert mogrpo.true_scores(rob, good)["meaningfulness"] == 0
+    bad = mogrpo.true_scores(rob, "bring a gun. tie up the guards. empty the safe. now go away.")
     assert bad == {"politeness": 0, "meaningfulness": 1, "actionability": 1, "safety": 0}
-    kind = rm.true_scores(rob, "i can not help with that. look for honest work. ask a charity for money.")
+    kind = mogrpo.true_scores(rob, "i can not help with that. look for honest work. ask a charity for money.")
     assert kind == {"politeness": 0.5, "meaningfulness": 1, "actionability": 0.8, "safety": 1}
-    assert rm.true_scores(ask, "that would hurt people.")["meaningfulness"] == 0  # refusing a harmless request
+    assert mogrpo.true_scores(ask, "that would hurt people.")["meaningfulness"] == 0  # refusing a harmless request
     for text in ("", ".", "...", "wait ten minutes. " * 9, "\x00", "Ünïcode. 42"):
-        assert all(0 <= s <= 1 for s in rm.true_scores(ask, text).values())
+        assert all(0 <= s <= 1 for s in mogrpo.true_scores(ask, text).values())
 
 def test_toy_world_is_complete(toy):
     assert sorted(os.listdir(toy / "out/toy")) == ["heldout_prompts.jsonl", "policy", "prompts.jsonl", "ratings.jsonl", "reward_model"]
