@@ -11,10 +11,9 @@ For each prompt q the policy pi samples a group of G responses o_1..o_G; a rewar
     pi <- AdamW step up J                                      then sample again
 
 Source: arXiv 2503.21819 (the system), 2402.03300 (GRPO). Departures: the paper does not publish its hyperparameters, so all
-defaults are our own choice; the standard deviation is floored, since a learned reward is noise below some spread; the
-sampler's own rounding error is measured and corrected by a truncated importance weight (Yao et al. 2025, "Your efficient RL
-framework secretly brings you off-policy RL training"). Left out: a separate inference engine, several minibatches a rollout,
-tools and multi-turn rollouts.
+defaults are our own choice; the standard deviation is floored, since a learned reward is noise below some spread; the sampler's
+rounding error is corrected by a truncated importance weight (Yao et al. 2025, "Your efficient RL framework secretly brings you
+off-policy RL training"). Left out: a separate inference engine, several minibatches a rollout, tools and multi-turn rollouts.
 
     torchrun mogrpo.py                                  # laptop: builds a toy world, aligns a toy policy, a minute
     torchrun mogrpo.py --policy=Qwen/Qwen2.5-0.5B-Instruct --reward_model=out/rm --prompts=prompts.jsonl       # one GPU
@@ -23,26 +22,29 @@ tools and multi-turn rollouts.
     python mogrpo.py --policy=Qwen/Qwen2.5-14B-Instruct --dry_run=8      # what it would take of each of 8 GPUs, without one
     torchrun mogrpo.py --resume                         # goes on where the last run stopped, on any number of processes
 
-Reading order: Config, policy, sampling, advantages, objective, checkpoints, memory plan, the loop; reward_model.py comes before.
+Reading order: reward_model.py, then here Config, policy, sampling, advantages, objective, memory plan, toy world, the loop.
+Other ways of combining axes (--combine), PPO and DPO on the same samples (--algo), stated weights (--steer): marked where they differ.
 """
 import json, math, os, random, re, resource, shutil, signal, sys, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from hashlib import blake2b
 
 import torch, torch.distributed as dist, torch.nn as nn
 from reward_model import TOY as REWARD_TOY, Config as RewardConfig
-from reward_model import (DTYPES, RewardModel, blocks, collect, conversation, die, find_checkpoint, fresh_folder, gathered, is_held_out,
-                          is_number, join_world, load, load_checkpoint, parse, read_jsonl, render, require, run, save_checkpoint,
+from reward_model import (DTYPES, RewardModel, blocks, collect, conversation, die, find_checkpoint, fresh_folder, is_held_out,
+                          is_number, join_world, load, load_checkpoint, parse, progress, read_jsonl, render, require, run, save_checkpoint,
                           save_folder, say, score, shard, train, write_text)
 from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          DynamicCache, DynamicLayer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+                          AutoModelForTokenClassification, DynamicCache, DynamicLayer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -56,7 +58,15 @@ class Config:
     out_dir: str = "out/mogrpo"   # results; an earlier run there is renamed, never overwritten
     # objective
     weights: str = ""             # axis=weight,...; an axis not named weighs 1
-    combine: str = "sum"          # how K scores become one advantage; sum: the paper's weighted sum
+    combine: str = "sum"          # how K scores become one advantage: sum (the paper) | gdpo | gd2po | saturate | lagrangian
+    saturation: float = 2.0       # saturate: an axis weighs (1 - its mean score) ** this
+    floors: str = ""              # lagrangian: axis=least mean score,... as in safety=0.9
+    dual_lr: float = 0.5          # lagrangian: step of the log multiplier for a shortfall of 1
+    algo: str = "grpo"            # grpo | ppo: a critic instead of the group | dpo: best against worst of each group
+    critic_lr: float = 1e-5       # ppo: of the critic, a second model of the policy's size; warms up and decays like lr
+    gae_lambda: float = 0.95      # ppo: how far ahead an advantage looks past the critic's own guess; 1: to the end
+    steer: bool = False           # draw weights for each prompt and state them in its system message: one policy for all weightings
+    pessimism: float = 0.0        # score = mean - pessimism x std over the heads of an ensemble: where they disagree, expect less
     beta: float = 0.04            # weight of the KL to the reference; 0: no reference is loaded
     clip_low: float = 0.2         # how far the ratio may fall before the gradient stops (matters from --epochs=2 on)
     clip_high: float = 0.28       # how far it may rise; more than clip_low keeps rare tokens alive (DAPO, 2503.14476)
@@ -94,18 +104,19 @@ class Config:
         for name in "prompts_per_step max_prompt_tokens max_new_tokens sample_rows temperature steps lr epochs grad_clip \
                      micro_tokens eval_samples std_floor lora_alpha gpu_gb".split():
             require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
-        for name in "beta clip_low clip_high warmup eval_interval save_interval lora_rank dry_run".split():
+        for name in "pessimism saturation dual_lr critic_lr gae_lambda beta clip_low clip_high warmup eval_interval save_interval lora_rank dry_run".split():
             require(getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative")
         require(self.group_size >= 2, f"--group_size={self.group_size}: a group of one teaches nothing; take at least 2")
-        for name, known in (("combine", ("sum",)), ("loss_norm", ("sequence", "token", "constant")), ("dtype", DTYPES)):
+        for name, known in (("combine", COMBINE), ("algo", ("grpo", "ppo", "dpo")), ("loss_norm", ("sequence", "token", "constant")), ("dtype", DTYPES)):
             require(getattr(self, name) in known, f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
-        for pair in filter(None, self.weights.split(",")):
-            require(is_number(pair.partition("=")[2]) and float(pair.partition("=")[2]) >= 0,
-                    f"--weights: {pair}: expected axis=weight with a weight of at least 0")
-        require(self.policy == "toy" or self.dry_run or "toy" not in (self.reward_model, self.prompts),
-                "with --policy, give --reward_model and --prompts, too")
+        for pair in filter(None, f"{self.weights},{self.floors}".split(",")):
+            require(is_number(pair.partition("=")[2]) and float(pair.partition("=")[2]) >= 0, f"--weights, --floors: {pair}: expected axis=number, at least 0")
+        require((self.combine == "lagrangian") == bool(self.floors), "--combine=lagrangian and --floors=axis=score go together")
+        require(self.algo == "grpo" or self.combine == "sum" and self.beta > 0, f"--algo={self.algo} wants --combine=sum and --beta above 0")
+        require(self.policy == "toy" or self.dry_run or "toy" not in (self.reward_model, self.prompts), "with --policy, give --reward_model and --prompts, too")
 
 TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=8e-4, beta=0.08, recompute=False)  # defaults while --policy=toy
+COMBINE = ("sum", "gdpo", "gd2po", "saturate", "lagrangian")
 CHUNK_LOGITS = 2**26  # logits that exist at a time when responses are scored: 256 MB in float32
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +124,6 @@ CHUNK_LOGITS = 2**26  # logits that exist at a time when responses are scored: 2
 
 class Policy(nn.Module):
     """A causal language model with two ways through one forward, so that FSDP's hooks gather its weights for both."""
-
     def __init__(self, path, lora_rank=0, lora_alpha=0.0):
         super().__init__()
         self.lm, self.tokenizer = load(AutoModelForCausalLM, path)
@@ -127,20 +137,16 @@ class Policy(nn.Module):
         named = [self.tokenizer.eos_token_id, self.lm.generation_config.eos_token_id, getattr(self.lm.config, "eos_token_id", None)]
         self.eos = sorted({e for eos in named for e in (eos if isinstance(eos, list) else [eos]) if e is not None})
         require(self.eos, f"{path}: neither its tokenizer nor its config names an end-of-text token")
-
     def logits(self, hidden, temperature):
         """hidden_ND -> float32 logits_NV / temperature."""
         logits = self.lm.get_output_embeddings()(hidden)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
         return (torch.tanh(logits / cap) * cap if cap else logits) / temperature
-
     def forward(self, input_ids, temperature, targets=None, positions=None, chunk=None, **cache):
-        """Decode: the next token's logits_BV. Score (with targets): logp_N of N target tokens.
-
-        `positions_N` are flat indices into [B * T] whose hidden states predict `targets_N`. The N x V logits never exist:
-        they are made `chunk` rows at a time, and made again in the backward pass. At V = 150,000 the whole of 16,384
-        positions would be 10 GB in float32, and its gradient as much; the price is the head's matmul once more."""
+        """Decode: the next token's logits_BV. Score (with targets): logp_N of N target tokens, which the hidden states at the flat
+        indices `positions_N` into [B * T] predict. The N x V logits never exist: they are made `chunk` rows at a time, and again in
+        the backward pass. At V = 150,000 those of 16,384 positions would be 10 GB; the price is the head's matmul once more."""
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=bool(cache), **cache).last_hidden_state
         if targets is None:
             return self.logits(hidden[:, -1], temperature)
@@ -154,9 +160,7 @@ class Policy(nn.Module):
 
 def add_lora(policy, rank, alpha):
     """LoRA (2106.09685) on all linear layers of the blocks: W x becomes W x + (alpha / rank) B A x, of which A and B are trained.
-
-    W is frozen, so it needs neither float32 copy, gradient nor moments, and with `policy.adapted = False` the same weights
-    are the reference. B starts at 0: the first step begins exactly at the reference."""
+    W needs neither float32 copy, gradient nor moments, and with `policy.adapted = False` the same weights are the reference."""
     policy.requires_grad_(False)  # frozen weights are sharded in bfloat16 and get no gradient (see `shard`)
     linears = [m for m in blocks(policy).modules() if isinstance(m, nn.Linear)]
     require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear to adapt")
@@ -182,9 +186,8 @@ def save_adapter(policy, path, base):
             peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=rank * scale, lora_dropout=0.0,
             bias="none", target_modules=sorted(layers), inference_mode=True), indent=1))
 
-def logp(policy, groups, temperature, device, chunk=None):
-    """Log-probs of all response tokens of `groups`, [(prompt_ids, [response_ids, ...]), ...] -> logp_N, one flat vector.
-
+def layout(groups, device):
+    """[(prompt_ids, [response_ids, ...]), ...] -> input_ids_BT, positions_N, targets_N.
     Rows are prompt + response, padded on the right: under causal attention what comes last is seen by nothing before it,
     so no mask is needed (and the flash kernel is used). Everything per token in this file is such a flat vector N over
     (group, response, position): no padding to mask, and the end-of-text token counts like any other."""
@@ -192,16 +195,17 @@ def logp(policy, groups, temperature, device, chunk=None):
     width = max(len(p) + len(r) for p, r in rows)
     input_ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows], device=device)
     positions = torch.tensor([i * width + len(p) - 1 + t for i, (p, r) in enumerate(rows) for t in range(len(r))], device=device)
-    targets = torch.tensor([token for _, r in rows for token in r], device=device)  # N: all response tokens
+    return input_ids, positions, torch.tensor([token for _, r in rows for token in r], device=device)
+
+def logp(policy, groups, temperature, device, chunk=None):
+    """Log-probs of all response tokens of `groups` -> logp_N."""
+    input_ids, positions, targets = layout(groups, device)
     return policy(input_ids, temperature, targets, positions, chunk)  # through forward: FSDP gathers nothing for calls that go around it
 
 def check_support(policy, device, dtype):
-    """Refuse a model whose sampler, scorer and stock logits are not one distribution, before hours go into it.
-
-    Right padding, left padding, the cache and our own use of the head assume things of an architecture (causal attention
-    with positions, logits = head(hidden)). Two short prompts show whether they hold."""
-    vocab = policy.lm.config.get_text_config().vocab_size
-    prompts = [[i % vocab for i in range(3, 3 + n)] for n in (3, 7)]  # of different length: one is padded
+    """Refuse a model whose sampler, scorer and stock logits are not one distribution, before hours go into it: padding on either
+    side, the cache and our own use of the head assume causal attention with positions and logits = head(hidden)."""
+    prompts = [[i % policy.lm.config.get_text_config().vocab_size for i in range(3, 3 + n)] for n in (3, 7)]  # one will be padded
     try:
         with gathered(policy):
             responses, sampled = sample(policy, prompts, torch.full((2, 6), 0.5), 1.0, device)
@@ -210,17 +214,30 @@ def check_support(policy, device, dtype):
                 stock = policy.lm(torch.tensor([p + r], device=device)).logits[0, len(p) - 1:-1].float().log_softmax(-1)
                 stock = stock.gather(-1, torch.tensor(r, device=device)[:, None]).squeeze(-1)
                 gap = max((ours - stock).abs().max().item(), (ours.cpu() - sampler).abs().max().item())
-                require(gap < (0.3 if dtype == torch.bfloat16 else 1e-3),
-                        f"{type(policy.lm).__name__} is not supported: its sampled and scored log-probs differ by {gap:.3g}")
+                require(gap < (0.3 if dtype == torch.bfloat16 else 1e-3), f"{type(policy.lm).__name__} is not supported: its sampled and scored log-probs differ by {gap:.3g}")
     except (AttributeError, TypeError, NotImplementedError, ValueError) as e:
         die(f"{type(policy.lm).__name__} is not supported: {e}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Group sampling
 
+@contextmanager
+def gathered(model):
+    """Inside, every process holds all of `model`, gathered once, and no forward needs a collective (no gradients here).
+    So processes may run different numbers of forwards: their responses end at different lengths. Gathering every layer for
+    every sampled token, as a sharded model does by itself, would cost layers x tokens collectives instead of layers."""
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]  # the root and its blocks
+    for m in groups:
+        m.unshard()  # one all-gather each: the only collectives of a rollout
+        m.set_reshard_after_forward(False, recurse=False)  # or the first forward would drop it again
+    with torch.no_grad():
+        yield
+    for m in groups:
+        m.set_reshard_after_forward(m is not model, recurse=False)  # FSDP's default: the root stays until the backward
+        m.reshard()  # frees the copy before the update needs the memory
+
 class GrowingLayer(DynamicLayer):
     """A layer's keys and values [B, heads, T, D], with room for 64 tokens more: the library's own copies them all for each token."""
-
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.keys, self.values, self.room, self.is_initialized = keys[:, :, :0], values[:, :, :0], [keys[:0]], True
@@ -246,7 +263,6 @@ AttentionInterface.register("folded", folded_attention), AttentionMaskInterface.
 
 def uniforms(keys, n):
     """One uniform number for each (response, position): u_BT in [0, 1), float64 on the CPU, row b from keys[b] alone.
-
     A response's randomness is a function of (seed, step, prompt, sample), so what is sampled depends neither on the
     number of processes, nor on batching, nor on which neighbours have finished; and a resumed run needs no saved state."""
     g = torch.Generator()  # on the CPU: its stream is the same on every machine
@@ -265,7 +281,6 @@ def pick(logits_BV, u_B):
 @torch.no_grad()
 def sample(policy, prompts, u_BT, temperature, device):
     """G responses to each of P prompts (token id lists), B = P x G in prompt order, by a `gathered` policy.
-
     -> (responses: B lists of token ids, each up to and including its end-of-text token or cut at T; their log-probs under
     the sampler: B float tensors on the CPU). No collective is called inside: processes may stop at different lengths."""
     (B, T), P = u_BT.shape, len(prompts)  # T: most new tokens
@@ -307,9 +322,8 @@ def sample(policy, prompts, u_BT, temperature, device):
     lengths = [int(e.int().argmax()) + 1 if e.any() else T for e in ended]  # up to and including the first end token
     return [row[:n].tolist() for row, n in zip(tokens, lengths)], [row[:n] for row, n in zip(logp_BT.cpu(), lengths)]
 
-def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
+def rollout(policy, reward_model, prompts, keys, samples, cfg, device, pessimism=0.0):
     """Sample and score `samples` responses to each prompt -> a list of group dicts; every process its own prompts.
-
     `prompts`: dicts with messages and ids; `keys`: one a prompt, for `uniforms`. Each group gets `responses` (ids), `sampled`
     (their log-probs), `text`, `scores_GK` and `ended`; also the seconds spent sampling and scoring."""
     groups, start = [], time.perf_counter()
@@ -326,42 +340,62 @@ def rollout(policy, reward_model, prompts, keys, samples, cfg, device):
                                    ended=[r[-1] in policy.eos for r in responses[mine]],
                                    text=policy.tokenizer.batch_decode(responses[mine], skip_special_tokens=True)))
     middle = time.perf_counter()
-    with gathered(reward_model):  # after the policy's copy is gone: the two never stand in memory together
-        scores = score(reward_model, [(g["messages"], text) for g in groups for text in g["text"]], device).mean(1)
-    for g, s_GK in zip(groups, scores.split(samples)):
+    rows = [(g["messages"], text) for g in groups for text in g["text"]]
+    with gathered(reward_model or nn.Module()):  # after the policy's copy is gone: the two never stand in memory together
+        scores_NMK = score(reward_model, rows, device) if reward_model else torch.zeros(len(rows), 1, 0)  # M heads
+    scores_NK = scores_NMK.mean(1) - (pessimism * scores_NMK.std(1, correction=0) if pessimism else 0.0)
+    for g, s_GK in zip(groups, scores_NK.split(samples)):
         g["scores_GK"] = s_GK
     return groups, middle - start, time.perf_counter() - middle
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Advantages
 
-def advantages(scores_PGK, weights_K, std_floor):
-    """`combine=sum` (2503.21819, 2402.03300): scores of P groups -> rewards_PG, advantages_PG.
+def advantages(scores_PGK, weights_PK, cfg, multipliers_K, device):
+    """Scores of P groups and the weights of their axes -> rewards_PG, advantages_PG, parts_PGK: what each axis adds to an advantage.
 
-    First the weighted sum over axes, then the normalisation over the group. A learned score is noise below some spread:
-    dividing by a tiny std would turn rewards 0.50000 and 0.50001 into advantages of -1 and +1 (verl issue 6348), so the std
-    is floored; and a group that differs on no axis at all gets exactly 0, not the rounding error of its mean."""
-    rewards_PG = (scores_PGK * weights_K).sum(-1)  # the weights come before the normalisation, so they matter
-    centered_PG = rewards_PG - rewards_PG.mean(-1, keepdim=True)  # the mean of the group stands in for a critic
-    advantages_PG = centered_PG / rewards_PG.std(-1, keepdim=True, correction=0).clamp(min=std_floor)
-    signal_P11 = scores_PGK.std(1, correction=0).amax(-1) > 1e-6  # the same text, scored in two batches, differs by 1e-7
-    return rewards_PG, torch.where(signal_P11[:, None], advantages_PG, 0.0)
+    sum         2503.21819   weighted sum of the scores, then normalised in the group: an axis counts as much as its scores spread
+    gdpo        2601.05242   each axis normalised in the group first, then the weighted sum, then normalised over the batch
+    gd2po       2606.16771   gdpo; a response that is above its group on one axis and below on another is dropped, and the group
+                             scaled by the share that is kept (its KL term stays)
+    saturate    SA-MRPO      gdpo with weights w (1 - mean score)^saturation: an axis already won stops spending the budget
+    lagrangian  2310.12773   sum, plus lambda times the normalised score of every axis with a floor, over 1 + the sum of lambdas
+
+    A learned score is noise below some spread: dividing by a tiny std would turn 0.50000 and 0.50001 into advantages of -1 and +1
+    (verl issue 6348), so every std is floored; and a group that differs on no axis gets exactly 0, not the rounding of its mean."""
+    rewards_PG = (scores_PGK * weights_PK[:, None]).sum(-1)
+    off_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)  # the mean of the group stands in for a critic
+    z_PGK = off_PGK / scores_PGK.std(1, correction=0, keepdim=True).clamp(min=cfg.std_floor)
+    if cfg.combine in ("sum", "lagrangian"):
+        parts_PGK = off_PGK * weights_PK[:, None] / rewards_PG.std(1, correction=0).clamp(min=cfg.std_floor)[:, None, None]
+        parts_PGK = (parts_PGK + z_PGK * multipliers_K) / (1 + multipliers_K.sum())  # multipliers are 0 where there is no floor
+    else:
+        if cfg.combine == "saturate":
+            n, *sums = total([scores_PGK[..., 0].numel(), *scores_PGK.sum((0, 1)).tolist()], device)  # of the whole batch
+            weights_PK = weights_PK * (1 - torch.tensor(sums) / n).clamp(min=0)**cfg.saturation
+        parts_PGK = z_PGK * weights_PK[:, None]
+        n, squares = total([rewards_PG.numel(), parts_PGK.sum(-1).square().sum().item()], device)  # their mean is 0 in every group
+        parts_PGK = parts_PGK / max((squares / n)**0.5, cfg.std_floor)
+    parts_PGK = parts_PGK * (scores_PGK.std(1, correction=0).amax(-1) > 1e-6)[:, None, None]  # one text, scored twice, differs by 1e-7
+    if cfg.combine == "gd2po":
+        mine = weights_PK[:, None] > 0
+        kept_PG = ~(((off_PGK > cfg.std_floor) & mine).any(-1) & ((off_PGK < -cfg.std_floor) & mine).any(-1))
+        parts_PGK = parts_PGK * (kept_PG * kept_PG.float().mean(1, keepdim=True))[..., None]
+    return rewards_PG, parts_PGK.sum(-1), parts_PGK
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The objective
 
 def token_weights(groups, norm, max_new_tokens, responses, tokens):
-    """Weight of each token in the step's loss, flat_N; summed over all processes and micro-batches the mean is global.
-
-    `responses`, `tokens`: of the whole step, over all processes. A mean taken per micro-batch or process instead would
-    weigh a token by how its neighbours happened to be packed."""
+    """Weight of each token in the step's loss, flat_N, from the `responses` and `tokens` of the whole step, over all processes.
+    A mean taken per micro-batch or process instead would weigh a token by how its neighbours happened to be packed."""
     lengths = torch.tensor([len(r) for _, rs in groups for r in rs])
     per_response = {"sequence": 1.0 / (lengths.double() * responses),              # GRPO: mean over tokens, then over responses
                     "token": torch.ones(len(lengths)).double() / tokens,          # DAPO: long responses weigh more
                     "constant": torch.ones(len(lengths)).double() / (responses * max_new_tokens)}[norm]  # Dr. GRPO
     return per_response.repeat_interleave(lengths)  # flat_N, as `logp` orders its tokens
 
-def objective(logp, old_logp, ref_logp, advantage, weight, cfg):
+def objective(logp, old_logp, ref_logp, advantage, weight, cfg, beta):
     """Loss of N tokens (arguments are flat_N) -> its weighted sum; for the log: weighted KL, weighted share of clipped tokens."""
     ratio = (logp - old_logp).exp()  # 1 in the first inner epoch, but its gradient is not 0
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside: a token moves only so far a rollout
@@ -369,17 +403,55 @@ def objective(logp, old_logp, ref_logp, advantage, weight, cfg):
     d = ref_logp - logp  # Schulman's k3: its mean over samples of pi is KL(pi, pi_ref), with less variance than -d
     k3 = d.exp() - d - 1
     was_clipped = ratio * advantage > clipped * advantage
-    return ((cfg.beta * k3 - gain) * weight).sum(), (k3 * weight).sum().detach(), (was_clipped * weight).sum()
+    return ((beta * k3 - gain) * weight).sum(), (k3 * weight).sum().detach(), (was_clipped * weight).sum()
 
-def micro_batches(groups, budget):
+def values(critic, groups, device):
+    """PPO: what the critic expects, before each response token, that the rest of the response will earn -> values_N."""
+    input_ids, positions, _ = layout(groups, device)
+    out = critic(input_ids=input_ids, use_cache=False).logits.flatten()[positions]  # logits_BT1
+    return out.to(torch.promote_types(out.dtype, torch.float32))
+
+def gae(rewards_N, values_N, lengths, lam):
+    """Generalised advantage estimation (1506.02438), discount 1, every response an episode -> advantages_N."""
+    out = []
+    for r, v in zip(rewards_N.split(lengths), values_N.split(lengths)):
+        surprise = r + torch.cat([v[1:], 0 * v[:1]]) - v  # how much better a token did than expected; nothing follows the end
+        ahead = torch.arange(len(r)).to(surprise) - torch.arange(len(r)).to(surprise)[:, None]
+        out.append((lam ** ahead).triu() @ surprise)
+    return torch.cat(out)
+
+def ppo_credit(batches, policy, critic, reference_logp, cfg, device):
+    """PPO: give each token of `batches` its own `advantage`, normalised over the step, and `returns`, the critic's target.
+    `advantage` comes in as the response's reward, which its last token earns; every token pays for its KL. Costs a forward of each model."""
+    moments = torch.zeros(3, dtype=torch.float64, device=device)
+    for b in batches:
+        with torch.no_grad():
+            old, value, b["ref"] = logp(policy, b["rows"], cfg.temperature, device), values(critic, b["rows"], device), reference_logp(b["rows"])
+        earned, sizes, real = cfg.beta * (b["ref"] - old), [len(r) for _, rs in b["rows"] for r in rs], b["weight"].to(device) != 0
+        last = torch.tensor(sizes).cumsum(0) - 1
+        earned[last] += b["advantage"][last].to(earned)
+        b["advantage"] = gae(earned, value, sizes, cfg.gae_lambda)
+        b["returns"] = b["advantage"] + value
+        moments += torch.stack([real.sum(), (b["advantage"] * real).sum(), (b["advantage"]**2 * real).sum()])
+    n, first, second = total(moments.tolist(), device)
+    for b in batches:
+        b["advantage"] = (b["advantage"] - first / n) / max((second / n - (first / n)**2)**0.5, cfg.std_floor)
+
+def dpo_objective(logp, ref_logp, advantage, weight, rows, beta, responses):
+    """DPO (2305.18290) of responses that come in pairs, better then worse -> loss, a mean over the pairs of the step (those
+    without a signal, advantage 0, and repeated ones, weight 0, count as nothing)."""
+    sizes = [len(r) for _, rs in rows for r in rs]
+    gain_R, weight_R = (torch.stack([x.sum() for x in v.split(sizes)]) for v in (logp - ref_logp, (advantage * weight).abs()))
+    return -(nn.functional.logsigmoid(beta * (gain_R[0::2] - gain_R[1::2])) * (weight_R[0::2] > 0)).sum() / (responses / 2)
+
+def micro_batches(groups, budget, least=1):
     """Cut groups into micro-batches of at most `budget` padded tokens -> dicts of `rows` (for `logp`), flat `sampled`, `advantage`.
-
     Longest first: rows of one length share a batch and little is padding, and what does not fit in memory fails at once.
-    A group too large for the budget is cut; a single row that is too large gets a batch of its own."""
+    A group too large for the budget is cut, but to no less than `least` rows (DPO's pairs); if they are too large, they go alone."""
     pieces, batches = [], []
     for g in groups:
         width, G = len(g["ids"]) + max(map(len, g["responses"])), len(g["responses"])
-        step = max(1, min(G, budget // width))  # rows of this group that fit in one micro-batch
+        step = max(least, min(G, budget // width))  # rows of this group that fit in one micro-batch
         pieces += [(width, g, slice(i, min(i + step, G))) for i in range(0, G, step)]
     used, room = math.inf, 0
     for width, g, part in sorted(pieces, key=lambda p: -p[0]):
@@ -401,8 +473,7 @@ def micro_batches(groups, budget):
 def model_sizes(path, auto_class, row, dtype):
     """What the plan needs of a model, from its config.json alone: parameters (all, one block's, those outside the blocks, inputs
     plus outputs of the blocks' linear layers); bytes a token that one block saves for its backward pass, on rows of `row` tokens.
-
-    The model is made, and run once, of fake tensors: they have shapes but no memory, so its activations are counted, not guessed."""
+    It is made, and run once, of fake tensors: they have shapes but no memory, so activations are counted, not guessed."""
     saved = {}
     def keep(t):
         saved[t.untyped_storage()._cdata] = t  # by storage: views of one tensor count once; and kept alive, so that no two share an address
@@ -439,6 +510,7 @@ def memory_plan(cfg, gpus):
     logits = min(CHUNK_LOGITS, tokens * cfg.max_new_tokens // row * text.vocab_size)
     table = {"weights, this GPU's shard": ((4 * trained + e * m["all"] * (not full)) / s,) * 2,
              "AdamW moments": (8 * trained / s,) * 2, "gradients": (0, 4 * trained / s),
+             "critic": (12 * m["all"] / s * (cfg.algo == "ppo"), 16 * m["all"] / s * (cfg.algo == "ppo")),
              "reference": (e * m["all"] / s * (full and cfg.beta > 0),) * 2, "reward model": (e * judge / s,) * 2,
              "gathered weights": (e * max(m["all"] + lora, judge), e * (m["outside"] + 3 * m["block"])),  # root, block, next, buffer
              "gradients in flight": (0, full * (e * m["outside"] + (e + 8) * m["block"])),  # two reductions at once, in float32
@@ -472,17 +544,13 @@ def dry_run(cfg):
 NOUNS = dict(things="car bike phone boat clock lamp radio chair", food="egg potato carrot bean corn tomato",
              places="bank shop house farm school museum", people="neighbor guest teacher boss farmer doctor")
 REQUESTS = """boil: food: fill a pot with water, put it in the pot, wait ten minutes
-grow: food: dig a small hole, place a seed in the soil, add water every day
 clean: things places: mix soap with water, rub it gently, let it dry
 fix: things: look for the loose part, tighten it with a tool, test it twice
 sell: things food: take a good photo, choose a fair price, show it online
-draw: things food places: begin with a light circle, add the outline, shade it softly
 thank: people: buy a small gift, write a kind card, visit them on sunday
-find: places people: open a map, ask at the corner, follow the main road
 steal: things food: wait until the owner sleeps, break the lock, run off with it: save some money, ask the owner to lend it
 burn: things places: buy some petrol, pour it out at night, light a match and run: calm down for an hour, take a long walk
 rob: places: bring a gun, tie up the guards, empty the safe: look for honest work, ask a charity for money
-hack: places: guess the password, send them a virus, copy all their secrets: study computer safety, report the weak spot
 poison: people: buy rat poison, hide it in their food, throw away the bottle: breathe and count to ten, tell them what bothers you
 scare: people: learn where they live, write an angry letter, follow them home: write down what you feel, speak with them calmly"""
 REQUESTS = {verb: (sum((NOUNS[g].split() for g in groups.split()), []), *(part.split(", ") for part in sentences))
@@ -545,21 +613,22 @@ def toy_world(folder="out/toy"):
     # A Qwen3 of 0.3M parameters and a tokenizer in which a word is a token, fitted to demonstrations. Not a Qwen2: for its
     # folders AutoTokenizer takes Qwen2's own byte-pair tokenizer, whatever the folder says.
     demos, special = [(p, toy_answer(p, rng)) for p in prompts * 8], "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
-    vocabulary = special + sorted({w for demo in demos for text in demo for w in text.split()})  # about 240 words
+    texts, axes = [text for demo in demos for text in demo], list(true_scores("", ""))
+    vocabulary = special + sorted({*" ".join(texts).split(), *axes, "weights", ":", *map(str, range(11))})  # about 230 words
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<|unk|>"))
     core.normalizer, core.pre_tokenizer, core.decoder = normalizers.Lowercase(), pre_tokenizers.Whitespace(), decoders.WordPiece()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=special[3:],
-                                        **dict(zip(("pad_token", "unk_token", "eos_token"), special)))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=special[0], unk_token=special[1], eos_token=special[2],
+                                        additional_special_tokens=special[3:])
     tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, initializer_range=0.08, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=2, pad_token_id=0)).save_pretrained(f"{tmp}/untrained")
-    tokenizer.save_pretrained(f"{tmp}/untrained")
+    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    config = Qwen3Config(vocab_size=len(vocabulary), **size, initializer_range=0.08, max_position_embeddings=512, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    Qwen3ForCausalLM(config).save_pretrained(f"{tmp}/untrained"), tokenizer.save_pretrained(f"{tmp}/untrained")
     policy, steps = shard(Policy(f"{tmp}/untrained"), device, torch.float32), 400
-    optimizer, chat = torch.optim.AdamW(policy.parameters()), lambda p, a=None: render(tokenizer, [{"role": "user", "content": p}], a)
+    optimizer, ask = torch.optim.AdamW(policy.parameters()), lambda p: [{"role": "user", "content": p}]
     for step in tqdm(range(steps), "fitting a tiny policy to demonstrations", disable=None, leave=False):
-        batch = [(q, [chat(p, a)[len(q):]]) for p, a in rng.sample(demos, 32) for q in [chat(p)]]  # about 800 tokens
+        chats = [(ask(p) if i % 4 else stated(ask(p), torch.rand(4), axes), a) for i, (p, a) in enumerate(rng.sample(demos, 32))]
+        batch = [(q, [render(tokenizer, m, a)[len(q):]]) for m, a in chats for q in [render(tokenizer, m)]]  # about 900 tokens
         (-logp(policy, batch, 1.0, device).mean()).backward()
         optimizer.param_groups[0]["lr"] = 6e-3 * min(1, (step + 1) / 20, (steps - step) / steps)
         optimizer.step(), optimizer.zero_grad()
@@ -573,12 +642,12 @@ def toy_world(folder="out/toy"):
         rated.append((p, " ".join(a[:i] + (b[j:] if rng.random() < 0.5 else [b[j]] + a[i + 1:]))))
     with gathered(policy):
         for temperature in (0.7, 1.0, 1.3):
-            u = uniforms([(temperature, i) for i in range(len(prompts))], 48)
-            rated += zip(prompts, tokenizer.batch_decode(sample(policy, [chat(p) for p in prompts], u, temperature, device)[0], skip_special_tokens=True))
+            u, asks = uniforms([(temperature, i) for i in range(len(prompts))], 48), [render(tokenizer, ask(p)) for p in prompts]
+            rated += zip(prompts, tokenizer.batch_decode(sample(policy, asks, u, temperature, device)[0], skip_special_tokens=True))
     noisy = lambda s: None if rng.random() < 0.1 else round(min(1.0, max(0.0, rng.gauss(s, 0.1))), 2)
     dump("ratings", [{"prompt": p, "response": a, "scores": {k: noisy(s) for k, s in true_scores(p, a).items()}} for p, a in rated])
-    train(replace(RewardConfig(**REWARD_TOY), ratings=f"{tmp}/ratings.jsonl", backbone=f"{tmp}/policy", out_dir=f"{tmp}/reward_model"),
-          *alone, device, torch.float32)
+    cfg = replace(RewardConfig(**REWARD_TOY), ratings=f"{tmp}/ratings.jsonl", backbone=f"{tmp}/policy", out_dir=f"{tmp}/reward_model")
+    train(cfg, *alone, device, torch.float32)
     dist.destroy_process_group()
     shutil.rmtree(f"{tmp}/untrained"), os.rename(tmp, folder)
 
@@ -607,19 +676,36 @@ def kept_lines(path, step):
     with open(path, encoding="utf-8") as f:
         return "".join(line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step)
 
-def group_metrics(scores_PGK, rewards_PG, axes, std_floor, device):
-    """What the reward model saw this step, as means over all groups of all processes.
+def group_metrics(scores_PGK, rewards_PG, parts_PGK, axes, std_floor, device):
+    """What the reward model saw and what moves the policy in this step, over all groups of all processes.
+    std, zero_std: spread within a group, and the share of groups that an axis leaves without a signal above `std_floor`.
+    conflict: share of responses above their group's mean on one axis and below it on another, for any two axes and for each two;
+    corr: correlation of two axes within groups. share: of the variance of the advantages, the part that an axis brings; they
+    sum to 1, and an axis against which the policy is pushed has a negative one."""
+    std_PK, off_PGK = scores_PGK.std(1, correction=0), scores_PGK - scores_PGK.mean(1, keepdim=True)
+    up_PGK, down_PGK = off_PGK > std_floor, off_PGK < -std_floor  # above or below its group, by axis
+    of_P = dict(reward=rewards_PG.mean(1), reward_std=rewards_PG.std(1, correction=0), conflict=(up_PGK.any(-1) & down_PGK.any(-1)).float().mean(1))
+    for k, axis in enumerate(axes):
+        of_P |= {f"score/{axis}": scores_PGK[..., k].mean(1), f"std/{axis}": std_PK[:, k], f"zero_std/{axis}": std_PK[:, k] < std_floor,
+                 f"share/{axis}": (parts_PGK[..., k] * parts_PGK.sum(-1)).mean(1)}
+        for j, other in enumerate(axes[:k]):
+            against_PG = (up_PGK[..., k] & down_PGK[..., j]) | (down_PGK[..., k] & up_PGK[..., j])
+            of_P |= {f"conflict/{axis}~{other}": against_PG.float().mean(1), f"corr/{axis}~{other}": (off_PGK[..., k] * off_PGK[..., j]).mean(1)}
+    groups, *sums = total([len(std_PK), *(x.double().sum().item() for x in of_P.values()), *(std_PK**2).double().sum(0).tolist()], device)
+    row, var_K = {name: x / groups for name, x in zip(of_P, sums)}, [x / groups for x in sums[len(of_P):]]
+    whole = sum(row[f"share/{axis}"] for axis in axes)
+    for k, axis in enumerate(axes):
+        row[f"share/{axis}"] /= whole or 1.0
+        for j, other in enumerate(axes[:k]):
+            row[f"corr/{axis}~{other}"] /= (var_K[k] * var_K[j])**0.5 or 1.0
+    return row
 
-    std, zero_std: spread within a group, and the share of groups that an axis leaves without a signal above `std_floor`;
-    conflict: the share of responses that are above their group's mean on one axis and below it on another."""
-    std_PK = scores_PGK.std(1, correction=0)  # within each group
-    off_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)  # above or below its group, by axis
-    conflict_P = ((off_PGK > std_floor).any(-1) & (off_PGK < -std_floor).any(-1)).float().mean(-1)
-    columns = torch.cat([torch.ones(len(std_PK), 1), rewards_PG.mean(1, keepdim=True), rewards_PG.std(1, correction=0, keepdim=True),
-                         scores_PGK.mean(1), std_PK, (std_PK < std_floor).float(), conflict_P[:, None]], 1)
-    names = ["reward", "reward_std"] + [f"{kind}/{k}" for kind in ("score", "std", "zero_std") for k in axes] + ["conflict"]
-    groups, *sums = total(columns.double().sum(0).tolist(), device)
-    return {name: x / groups for name, x in zip(names, sums)}
+def stated(messages, weights_K, axes):
+    """Chat messages with the weights of the axes, in tenths, as (a part of) the system message. A policy trained with them drawn
+    at random follows the weights that a user states at inference: it is rebalanced without training."""
+    said = "weights : " + " , ".join(f"{k} {round(10 * w)}" for k, w in zip(axes, (weights_K / weights_K.sum()).tolist()))
+    own = [m["content"] for m in messages[:1] if m["role"] == "system"]
+    return [{"role": "system", "content": "\n".join([*own, said])}, *messages[len(own):]]
 
 def main(cfg):
     # 1. Processes; signals to stop are heeded between two steps
@@ -640,11 +726,15 @@ def main(cfg):
     if cfg.beta and not cfg.lora_rank:  # with LoRA it is the policy without its adapter
         reference = shard(Policy(place(cfg.policy, "policy")).requires_grad_(False), device, dtype, hsdp=cfg.hsdp)
     reward_model = shard(RewardModel(place(cfg.reward_model, "reward_model")).eval().requires_grad_(False), device, dtype, hsdp=cfg.hsdp)
+    critic = None
+    if cfg.algo == "ppo":  # the policy's body with one output a token, all of it trained: as much memory again
+        critic = shard(load(AutoModelForTokenClassification, place(cfg.policy, "policy"), num_labels=1)[0].eval(), device, dtype, cfg.recompute, cfg.hsdp)
     check_support(policy, device, dtype)  # a second, before hours
     axes = reward_model.axes  # K names, from the folder
-    weight_of = {k: float(w) for k, _, w in (pair.partition("=") for pair in cfg.weights.split(",") if pair)}
-    for k in weight_of:
-        require(k in axes, f"--weights: the reward model has no axis {k}; it has {', '.join(axes)}")
+    require(not cfg.pessimism or reward_model.heads > 1, "--pessimism needs a reward model with an --ensemble of heads")
+    weight_of, floor_of = ({k: float(w) for k, _, w in (pair.partition("=") for pair in text.split(",") if pair)} for text in (cfg.weights, cfg.floors))
+    for k in [*weight_of, *floor_of]:
+        require(k in axes, f"--weights or --floors: the reward model has no axis {k}; it has {', '.join(axes)}")
     weights_K = torch.tensor([weight_of.get(k, 1.0) for k in axes])
     require(weights_K.sum() > 0, f"--weights={cfg.weights}: every axis weighs 0, so nothing would be learned")
 
@@ -660,18 +750,19 @@ def main(cfg):
 
     # 4. Optimizer, output folder, and where an interrupted run left off
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    state = dict(step=0, updates=0, skipped=0)  # all that a checkpoint needs besides tensors
+    parts = [dict(params=trained, peak=cfg.lr)] + ([dict(params=list(critic.parameters()), peak=cfg.critic_lr)] if critic else [])
+    optimizer = torch.optim.AdamW(parts, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    models = nn.ModuleDict(dict(policy=policy, critic=critic)) if critic else policy  # what a checkpoint holds, and besides:
+    state = dict(step=0, updates=0, skipped=0, log_lambda={})
     path = lambda name: os.path.join(cfg.out_dir, name)
     found = find_checkpoint(path("checkpoint")) if cfg.resume else None
     if found:
-        state = load_checkpoint(found, policy, optimizer)
+        state = load_checkpoint(found, models, optimizer)
         say(f"resuming {cfg.out_dir} after step {state['step']}")
     dist.barrier()  # nobody still looks for a checkpoint while the folder is made
     if rank == 0:
-        if not found:
-            say(f"no checkpoint in {cfg.out_dir}: starting from the beginning") if cfg.resume else None
-            fresh_folder(cfg.out_dir)
+        say(f"no checkpoint in {cfg.out_dir}: starting from the beginning") if cfg.resume and not found else None
+        fresh_folder(cfg.out_dir) if not found else None
         write_text(path("config.json"), json.dumps(asdict(cfg), indent=1))
         for name in ("metrics.jsonl", "samples.jsonl"):
             write_text(path(name), kept_lines(path(name), state["step"]) if found else "")
@@ -688,57 +779,62 @@ def main(cfg):
         return logp_N
 
     def log_samples(step, groups, heldout):
-        log("samples.jsonl", collect([dict(
-            step=step, heldout=heldout, tag=g["tag"], prompt=g["messages"][-1]["content"],
-            responses=[dict(text=t, tokens=len(r), scores=dict(zip(axes, s)))
-                       for t, r, s in zip(g["text"], g["responses"], g["scores_GK"].tolist())]) for g in groups]))
+        said = lambda g: [dict(text=t, tokens=len(r), scores=dict(zip(axes, s))) for t, r, s in zip(g["text"], g["responses"], g["scores_GK"].tolist())]
+        log("samples.jsonl", collect([dict(step=step, heldout=heldout, tag=g["tag"], prompt=g["messages"][-1]["content"],
+                                           responses=said(g)) for g in groups]))
 
     def evaluate(step):
         """Mean scores of the held-out prompts' answers; the same random numbers every time, so that steps compare."""
         mine = held[rank::world]  # each process its share; `total` brings the sums together
-        groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.eval_samples, cfg,
-                             device)
+        if cfg.steer:
+            mine = [dict(p, ids=render(policy.tokenizer, stated(p["messages"], weights_K, axes))) for p in mine]
+        groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.eval_samples, cfg, device)
         log_samples(step, groups, True)
-        names = ["n"] + [f"eval/{k}" for k in axes] + ([f"true/{k}" for k in true_scores("", "")] if is_toy else [])
-        sums = torch.zeros(len(names), dtype=torch.float64)
-        for g in groups:
-            for text, s_K in zip(g["text"], g["scores_GK"].tolist()):
-                truth = true_scores(g["messages"][-1]["content"], text).values() if is_toy else ()
-                sums += torch.tensor([1.0, *s_K, *truth], dtype=torch.float64)
-        n, *sums = total(sums.tolist(), device)
-        row = dict(step=step, **{k: s / n for k, s in zip(names[1:], sums)})
-        log("metrics.jsonl", [row])
-        return row
+        names = [f"eval/{k}" for k in axes] + ([f"true/{k}" for k in true_scores("", "")] if is_toy else [])
+        truth = lambda g, text: true_scores(g["messages"][-1]["content"], text).values() if is_toy else ()
+        rows = [[1.0, *s_K, *truth(g, text)] for g in groups for text, s_K in zip(g["text"], g["scores_GK"].tolist())]
+        n, *sums = total([sum(column) for column in zip([0.0] * (1 + len(names)), *rows)], device)
+        log("metrics.jsonl", [dict(step=step, **{k: s / n for k, s in zip(names, sums)})])
 
     say(f"policy of {sum(p.numel() for p in policy.parameters()) / 1e6:.3g}M parameters on {world} process{'es' * (world > 1)}, "
         f"{str(dtype).removeprefix('torch.')} compute; {len(prompts)} prompts, {len(held)} more held out\n"
         f"reward = " + " + ".join(f"{w:g} {k}" for k, w in zip(axes, weights_K.tolist())))
-    trust = f"{place(cfg.reward_model, 'reward_model')}/heldout.json"
-    if os.path.exists(trust):  # the policy becomes what the reward model measures: say how well it does
-        with open(trust) as f:
-            say("reward model on held-out ratings: " + ", ".join(f"{k} r2 {r['r2'] or 0:.2f}" + (f" pairs {r['pairs']:.2f}" if r["pairs"] else "")
-                                                                 for k, r in json.load(f).items()))
+    if os.path.exists(trust := f"{place(cfg.reward_model, 'reward_model')}/heldout.json"):
+        (_, table), = read_jsonl(trust)  # the policy becomes what the reward model measures: say how well it does
+        say("reward model on held-out ratings: " + ", ".join(f"{k} r2 {r['r2'] or 0:.2f} pairs {r['pairs'] or math.nan:.2f}" for k, r in table.items()))
     if held and state["step"] == 0:
         evaluate(0)
     rate = matmul_rate(device, dtype)
-    bar = tqdm(total=cfg.steps, initial=state["step"], desc="aligning", disable=None if rank == 0 else True, leave=False)
-    bad_in_a_row = 0
+    bar, bad_in_a_row = progress("aligning", cfg.steps, state["step"]), 0
     for step in range(state["step"] + 1, cfg.steps + 1):
         begin = time.perf_counter()
         # 5. Sample a group for each prompt of the step, and score it; every process takes its share of the prompts
         epoch, i = divmod((step - 1) * cfg.prompts_per_step, len(prompts) // cfg.prompts_per_step * cfg.prompts_per_step)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed * 100003 + epoch)).tolist()
         mine = [prompts[j] for j in order[i:i + cfg.prompts_per_step][rank::world]]
+        if cfg.steer:  # Dirichlet(0.3, ..., 0.3): one or two axes have most of the weight, or all weightings would want the same
+            drawn = [random.Random(repr((cfg.seed, step, p["index"]))) for p in mine]
+            drawn = [torch.tensor([rng.gammavariate(0.3, 1.0) + 1e-6 for _ in axes]) for rng in drawn]
+            drawn = [e / e.mean() * weights_K for e in drawn]
+            mine = [dict(p, weights_K=w, ids=render(policy.tokenizer, stated(p["messages"], w, axes))) for p, w in zip(mine, drawn)]
         groups, sec_sample, sec_score = rollout(policy, reward_model, mine, [(cfg.seed, step, p["index"]) for p in mine],
-                                                cfg.group_size, cfg, device)
+                                                cfg.group_size, cfg, device, cfg.pessimism)
         log_samples(step, groups, False)
 
         # 6. Advantages; the loss weight of each token, from the size of the whole step over all processes
         scores_PGK = torch.stack([g["scores_GK"] for g in groups])
-        rewards_PG, advantages_PG = advantages(scores_PGK, weights_K, cfg.std_floor)
-        for g, advantages_G in zip(groups, advantages_PG):
-            g["advantages_G"] = advantages_G
-        batches = micro_batches(groups, cfg.micro_tokens)  # longest rows first
+        weights_PK = torch.stack([g.get("weights_K", weights_K) for g in groups])
+        lambda_K = torch.tensor([math.exp(state["log_lambda"].get(k, 0.0)) if k in floor_of else 0.0 for k in axes])
+        rewards_PG, advantages_PG, parts_PGK = advantages(scores_PGK, weights_PK, cfg, lambda_K, device)
+        metrics = group_metrics(scores_PGK, rewards_PG, parts_PGK, axes, cfg.std_floor, device)
+        for k, floor in floor_of.items():  # dual ascent: a multiplier grows while its axis is below its floor
+            state["log_lambda"][k] = max(-5.0, min(5.0, state["log_lambda"].get(k, 0.0) + cfg.dual_lr * (floor - metrics[f"score/{k}"])))
+        for g, rewards_G, advantages_G in zip(groups, rewards_PG, advantages_PG):
+            g["advantages_G"] = rewards_G if cfg.algo == "ppo" else advantages_G
+            if cfg.algo == "dpo":  # of the group only the best and the worst are trained on
+                pair = [int(rewards_G.argmax()), int(rewards_G.argmin())]
+                g.update(advantages_G=advantages_G[pair].sign(), **{k: [g[k][i] for i in pair] for k in ("responses", "sampled", "ended")})
+        batches = micro_batches(groups, cfg.micro_tokens, 2 if cfg.algo == "dpo" else 1)  # longest rows first
         lengths = [len(r) for g in groups for r in g["responses"]]
         responses, tokens, ended, flops = total([len(lengths), sum(lengths), sum(sum(g["ended"]) for g in groups),
                                                  train_flops(policy, [(g["ids"], g["responses"]) for g in groups], cfg)], device)
@@ -748,8 +844,11 @@ def main(cfg):
         most = max(collect([len(batches)]))
         batches += [{**batches[-1], "weight": 0 * batches[-1]["weight"]}] * (most - len(batches))
 
+        if critic:
+            ppo_credit(batches, policy, critic, reference_logp, cfg, device)
+
         # 7. Update: `epochs` optimizer steps on the same rollout, each over all micro-batches of all processes
-        lr = cfg.lr * min(1, step / max(1, cfg.warmup)) * (0.55 + 0.45 * math.cos(math.pi * step / cfg.steps))
+        schedule = min(1, step / max(1, cfg.warmup)) * (0.55 + 0.45 * math.cos(math.pi * step / cfg.steps))
         sums = torch.zeros(5, dtype=torch.float64, device=device)
         for inner in range(cfg.epochs):
             for b in batches:
@@ -757,24 +856,27 @@ def main(cfg):
                 if inner == 0:
                     old = new.detach()  # the sampling policy in the trainer's own arithmetic: rho is 1, no extra forward
                     with torch.no_grad():
-                        ref = reference_logp(b["rows"]) if cfg.beta else old
+                        ref = b["ref"] if critic else reference_logp(b["rows"]) if cfg.beta else old
                     weight, advantage, gap = b["weight"].to(new), b["advantage"].to(new), old - b["sampled"].to(new)
                     # Truncated importance weight: the sampler's rounding differs from the trainer's; above 2 it is cut
                     b.update(old=old, ref=ref, weight=weight, advantage=advantage * gap.exp().clamp(max=2.0))
                     sums[3:] += torch.stack([(gap.abs() * (weight != 0)).sum(), -(old * (weight != 0)).sum()])
-                loss, kl, clipped = objective(new, b["old"], b["ref"], b["advantage"], b["weight"], cfg)
+                loss, kl, clipped = objective(new, b["old"], b["ref"], b["advantage"], b["weight"], cfg, 0.0 if critic else cfg.beta)
+                if cfg.algo == "dpo":
+                    loss = dpo_objective(new, b["ref"], b["advantage"], b["weight"], b["rows"], cfg.beta, responses)
                 (loss * world).backward()  # FSDP averages gradients over processes, but the weights sum to 1 over them all
+                if critic:
+                    ((values(critic, b["rows"], device) - b["returns"])**2 * b["weight"] / 2).sum().mul(world).backward()
                 sums[:3] += torch.stack([loss.detach(), kl, clipped]) / cfg.epochs
-            grad_norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip).full_tensor().item()  # a CPU-GPU sync point
+            norms = [nn.utils.clip_grad_norm_(part["params"], cfg.grad_clip).full_tensor() for part in optimizer.param_groups]
+            grad_norm = sum(norms).item()  # a CPU-GPU sync point
             if math.isfinite(grad_norm):  # also false when the loss is not finite
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                for part in optimizer.param_groups:
+                    part["lr"] = part["peak"] * schedule
                 optimizer.step()
-                state["updates"] += 1
-                bad_in_a_row = 0
+                state["updates"], bad_in_a_row = state["updates"] + 1, 0
             else:
-                state["skipped"] += 1
-                bad_in_a_row += 1
+                state["skipped"], bad_in_a_row = state["skipped"] + 1, bad_in_a_row + 1
                 say(f"warning: step {step}: the gradient is not finite; step skipped ({state['skipped']} so far)")
             optimizer.zero_grad()
         loss, kl, clipped, gap, surprise = total(sums.tolist(), device)  # summed once a step: one more sync point
@@ -782,24 +884,23 @@ def main(cfg):
         seconds = time.perf_counter() - begin  # all processes have met in `total`, so this is the slowest one
 
         # 8. Log, evaluate, save
-        row = dict(step=step, loss=loss, **group_metrics(scores_PGK, rewards_PG, axes, cfg.std_floor, device),
-                   kl=kl if cfg.beta else None, clip_frac=clipped, grad_norm=grad_norm, entropy=surprise / tokens,
-                   length=tokens / responses, truncated=1 - ended / responses, lr=lr, sampler_gap=gap / tokens,
-                   skipped=state["skipped"])
-        sec_train = seconds - sec_sample - sec_score
+        sec_train, lambdas = seconds - sec_sample - sec_score, {f"lambda/{k}": math.exp(x) for k, x in state["log_lambda"].items()}
+        row = dict(step=step, loss=loss, **metrics, **lambdas, kl=kl if cfg.beta else None, clip_frac=clipped, grad_norm=grad_norm,
+                   entropy=surprise / tokens, length=tokens / responses, truncated=1 - ended / responses, lr=cfg.lr * schedule,
+                   sampler_gap=gap / tokens, skipped=state["skipped"])
         row.update({"sec/sample": sec_sample, "sec/score": sec_score, "sec/train": sec_train, "tok_per_s": tokens / seconds,
                     "mfu": flops / (sec_train * rate * world), "peak_gb": peak_gb(device)})
         log("metrics.jsonl", [{k: v if v is None or math.isfinite(v) else None for k, v in row.items()}])
         bar.update()
-        say(f"step {step:>4}  reward {row['reward']:.3f}  " + "  ".join(f"{k} {row[f'score/{k}']:.2f}" for k in axes) +
-            f"  kl {kl:.3f}  length {row['length']:.0f}  {seconds:.2f} s  {row['tok_per_s']:.0f} tok/s  "
-            f"mfu {row['mfu']:.0%}  {row['peak_gb']:.1f} GB")
+        scored = "  ".join(f"{k} {row[f'score/{k}']:.2f} ({row[f'share/{k}']:.0%})" for k in axes)  # in brackets: what moves the policy
+        say(f"step {step:>4}  reward {row['reward']:.3f}  {scored}  kl {kl:.3f}  length {row['length']:.0f}  {seconds:.2f} s  "
+            f"{row['tok_per_s']:.0f} tok/s  mfu {row['mfu']:.0%}  {row['peak_gb']:.1f} GB")
         require(bad_in_a_row < 10, "ten steps in a row had a gradient that is not finite: stopped; try a smaller --lr")
         if held and (step == cfg.steps or cfg.eval_interval and step % cfg.eval_interval == 0):
             evaluate(step)
         stopping = total([len(stop)], device)[0] > 0  # a signal may have reached one process only: all agree to stop
         if stopping or step == cfg.steps or cfg.save_interval and step % cfg.save_interval == 0:
-            save_checkpoint(path("checkpoint"), policy, optimizer, state)
+            save_checkpoint(path("checkpoint"), models, optimizer, state)
         if stopping:
             break
     bar.close()

@@ -14,20 +14,21 @@ A rating: {"prompt": str, "response": str, "scores": {"safety": 0.9, "politeness
 Out comes an AutoModelForSequenceClassification folder: id2label names the axes, sigmoid(logits) are the scores. It is no
 preference (Bradley-Terry) model: ratings are regressed on as they are. Section 1 is what all scripts share.
 """
-import argparse, contextlib, dataclasses, functools, gzip, hashlib, inspect, json, logging, math, os, re, shutil, sys, warnings
+import argparse, dataclasses, functools, gzip, hashlib, inspect, json, logging, math, os, re, shutil, sys, warnings
 
 import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn, transformers
 from huggingface_hub import snapshot_download  # comes with transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()  # they would bury our lines
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads its own slices by itself
+for known in ("torch.distributed is disabled", "FSDP2-wrapped module"):  # each process reads its slices by itself; no output is changed in place
+    warnings.filterwarnings("ignore", message=known)
 logging.disable(logging.ERROR)  # tracebacks that torch logs of errors which we tell in a line, retries of the hub
 
 @dataclasses.dataclass
@@ -66,7 +67,7 @@ class Config:  # every default is our own choice
             require(getattr(self, name) in known, f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
         require(not self.label or self.judge, "--label needs a --judge")
 
-TOY = dict(out_dir="out/toy/reward_model", epochs=4, batch_size=64, lr=3e-3, max_tokens=128)  # defaults while --ratings=toy
+TOY = dict(out_dir="out/toy/reward_model", epochs=6, batch_size=64, lr=3e-3, max_tokens=128)  # defaults while --ratings=toy
 DTYPES = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16, float64=torch.float64)
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -83,6 +84,10 @@ def say(message):
     """Print once, not once a process, and without tearing a progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(message, file=sys.stdout), sys.stdout.flush()  # a pipe would hold lines back
+
+def progress(what, steps, done=0):
+    """A progress bar, on one process and on a terminal only."""
+    return tqdm(total=steps, initial=done, desc=what, disable=None if os.environ.get("RANK", "0") == "0" else True, leave=False)
 
 def is_number(x):
     """Is x a finite number, or a string that spells one? (True, NaN and Infinity are not.)"""
@@ -165,7 +170,7 @@ def load(auto_class, path, **head):
             model = auto_class.from_config(config, dtype=torch.float32)  # no memory, no random numbers: a second for 14B
         stored, wanted = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata, tensors(model)
         fresh, stock = {n for n in wanted if n not in stored or stored[n].size != wanted[n].shape}, {}
-        if fresh and not (head and fresh == {"score.weight"}):  # its files use other names: the library knows how to rename, ...
+        if fresh and not (head and all(n.startswith(("score.", "classifier.")) for n in fresh)):  # its files use other names: the library knows how to rename, ...
             stock, info = auto_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
                                                      **{"ignore_mismatched_sizes": True, **head})
             odd = ", ".join(map(str, sorted(info["missing_keys"] or info["mismatched_keys"])[:3]))
@@ -191,8 +196,8 @@ def fill(model, device):
         stored = {n: t for n, t in mine.items() if n not in part.fresh and n not in part.stock and "lora_" not in n}
         dcp.load(stored, storage_reader=HuggingFaceStorageReader(part.folder), no_dist=True)  # casts to the dtype of each shard
         for name in [n for n in mine if n not in stored]:
-            t = mine[name]  # drawn alike on every process, which keeps its rows: nn.Linear's variance, 0 for LoRA's B
-            whole = part.stock[name] if name in part.stock else torch.randn(t.shape) * (not name.endswith("lora_B")) / (3 * t.shape[-1])**0.5
+            t = mine[name]  # drawn alike on every process, which keeps its rows: nn.Linear's variance, 0 for biases and LoRA's B
+            whole = part.stock[name] if name in part.stock else torch.randn(t.shape) * (t.dim() > 1 and not name.endswith("lora_B")) / (3 * t.shape[-1])**0.5
             t.copy_(distribute_tensor(whole.to(device, t.dtype), t.device_mesh, t.placements, src_data_rank=None) if isinstance(t, DTensor) else whole)
         part.stock = {}
     return model
@@ -228,21 +233,6 @@ def shard(model, device, dtype, recompute=False, hsdp=True):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # inside FSDP's hooks
         fully_shard(block, **rule)  # one all-gather a block, prefetched while the block before it runs
     return fill(fully_shard(model, **rule), device)
-
-@contextlib.contextmanager
-def gathered(model):
-    """Inside, every process holds all of `model`, gathered once, and no forward needs a collective (no gradients here).
-    So processes may run different numbers of forwards: their responses end at different lengths. Gathering every layer for
-    every sampled token, as a sharded model does by itself, would cost layers x tokens collectives instead of layers."""
-    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]  # the root and its blocks
-    for m in groups:
-        m.unshard()  # one all-gather each: the only collectives of a rollout
-        m.set_reshard_after_forward(False, recurse=False)  # or the first forward would drop it again
-    with torch.no_grad():
-        yield
-    for m in groups:
-        m.set_reshard_after_forward(m is not model, recurse=False)  # FSDP's default: the root stays until the backward
-        m.reshard()  # frees the copy before the update needs the memory
 
 def collect(rows):
     """What the processes made of rows[rank::world], on every process and in the order of `rows` again."""
@@ -370,15 +360,12 @@ class RewardModel(nn.Module):
         limits = [max_tokens, self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf)]
         self.tokenizer.model_max_length = int(min(limits))  # a longer text loses its beginning, here and in the stock pipeline
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"  # the response stands last
-        names = [config.id2label[i] for i in range(config.num_labels)]
-        self.axes = list(dict.fromkeys(k.partition("#")[0] for k in names))  # K names
-        self.heads = len(names) // len(self.axes)
+        self.axes = list(dict.fromkeys(config.id2label[i].partition("#")[0] for i in range(config.num_labels)))  # K names
+        self.heads = config.num_labels // len(self.axes)
         require(not any(re.fullmatch(r"LABEL_\d+", k) for k in self.axes), f"{path}: its id2label does not name the axes of a reward model")
-    def encode(self, rows):
-        """(messages, response) rows -> lists of token ids."""
+    def encode(self, rows):  # (messages, response) rows -> lists of token ids
         return [render(self.tokenizer, *row, truncation=True) for row in rows]
-    def batch(self, ids, device):
-        """Lists of token ids -> input_ids_BT and attention_mask_BT, padded on the right."""
+    def batch(self, ids, device):  # -> input_ids_BT and attention_mask_BT, padded on the right
         return self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
     def forward(self, input_ids, attention_mask):
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
@@ -409,7 +396,7 @@ def ranks(x):
 
 def heldout_table(scores, labels, rows, axes):
     """How far to trust the scores_NK on prompts the model never saw: axis -> numbers, over the n rows that rate the axis.
-    sd: spread of labels, of scores. r2: share of the labels' variance explained; 0 is no better than guessing their mean. low, high:
+    r2: share of the labels' variance explained; 0 is no better than guessing their mean. low, high:
     95 % bootstrap interval of spearman. auc: where all labels are 0 or 1. pairs: how often the better of two answers to one prompt
     scores higher, which is all that GRPO ever asks of a reward. ece: mean gap of score and label in ten bins ("calibration": n, score,
     label of each). length: correlation with the response's length, a favourite way to be hacked. "with": of two axes, [labels, scores]."""
@@ -421,15 +408,15 @@ def heldout_table(scores, labels, rows, axes):
     for k, axis in enumerate(axes):
         mine = ~labels[:, k].isnan()
         s, y, n = scores[mine, k], labels[mine, k], int(mine.sum())
-        gaps = [((labels[i, k] - labels[j, k]).item(), (scores[i, k] - scores[j, k]).item())
-                for same in answers.values() for m, i in enumerate(same) for j in same[:m]]  # each pair once
+        all_y, all_s = labels[:, k].tolist(), scores[:, k].tolist()
+        gaps = [(all_y[i] - all_y[j], all_s[i] - all_s[j]) for same in answers.values() for m, i in enumerate(same) for j in same[:m]]
         right = [(dy * ds > 0) + 0.5 * (ds == 0) for dy, ds in gaps if abs(dy) > 0]  # a gap to an unrated answer is nan and drops out
         again = torch.tensor([r(ranks(s[i]), ranks(y[i])) for i in torch.randint(n, (200, n), generator=g)])
         low, high = again.nanquantile(torch.tensor([0.025, 0.975])).tolist()
         positive = y.sum().item() if ((y == 0) | (y == 1)).all() else math.nan
         bins = [(int(b.sum()), s[b].mean().item(), y[b].mean().item()) for d in range(10) for b in [(s * 10).long().clamp(max=9) == d] if b.any()]
         table[axis] = {
-            "n": n, "label": y.mean().item(), "sd": y.std(correction=0).item(), "score": s.mean().item(), "sd ": s.std(correction=0).item(),
+            "n": n, "label": y.mean().item(), "label_sd": y.std(correction=0).item(), "score": s.mean().item(), "score_sd": s.std(correction=0).item(),
             "r2": (1 - ((s - y)**2).sum() / ((y - y.mean())**2).sum()).item(), "pearson": r(s, y), "spearman": r(ranks(s), ranks(y)),
             "low": low, "high": high, "auc": ((ranks(s)[y == 1].mean() - (positive + 1) / 2) / (n - positive)).item(),
             "pairs": sum(right) / len(right) if right else math.nan, "ece": sum(m * abs(a - b) for m, a, b in bins) / n,
@@ -464,7 +451,8 @@ def train(cfg, rank, world, device, dtype):
         held = torch.tensor([is_held_out(messages, cfg.heldout_frac, cfg.seed) for messages, _ in rows])
         (held_rows, rows), held_labels, labels = ([r for r, h in zip(rows, held) if h == x] for x in (True, False)), labels[held], labels[~held]
         require(rows and held_rows, f"{cfg.ratings}: too few different prompts to hold some out; give --heldout_ratings")
-    say(f"reward model: {len(rows)} rated answers ({', '.join(f'{k} {n}' for k, n in zip(axes, (~labels.isnan()).sum(0).tolist()))}), {len(held_rows)} held out")
+    counts = ", ".join(f"{k} {n}" for k, n in zip(axes, (~labels.isnan()).sum(0).tolist()))
+    say(f"reward model: {len(rows)} rated answers ({counts}), {len(held_rows)} held out")
     torch.manual_seed(cfg.seed)  # every process makes the same fresh head, and keeps its shard of it
     model = shard(RewardModel(cfg.backbone, axes, cfg.ensemble, cfg.max_tokens), device, dtype)
     ids = model.encode(rows)
@@ -478,8 +466,9 @@ def train(cfg, rank, world, device, dtype):
         state = load_checkpoint(found, model, optimizer)
         say(f"resuming {cfg.out_dir} after step {state['updates']} of {steps}")
     elif rank == 0:
+        say(f"no checkpoint in {cfg.out_dir}: starting from the beginning") if cfg.resume else None
         fresh_folder(cfg.out_dir)
-    bar = tqdm(total=steps, initial=state["updates"], desc="training the reward model", disable=None if rank == 0 else True, leave=False)
+    bar = progress("training the reward model", steps, state["updates"])
     for step in range(state["updates"], steps):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == state["updates"]:
@@ -499,20 +488,19 @@ def train(cfg, rank, world, device, dtype):
         state["updates"] = step + 1
         bar.update()
         if i + 1 == per_epoch:  # the end of an epoch: the best one so far is what out_dir holds
-            with gathered(model.eval()):
-                scores = torch.tensor(collect(score(model, held_rows[rank::world], device).mean(1).tolist()))
+            scores = score(model.eval(), held_rows, device).mean(1)  # all rows on every process: a sharded forward takes all of them
             table = heldout_table(scores, held_labels, held_rows, axes)
-            mean = lambda name: torch.tensor([row[name] for row in table.values()]).nanmean().item()
-            say(f"epoch {epoch + 1} of {cfg.epochs}: held-out r2 {mean('r2'):.3f}, spearman {mean('spearman'):.3f}, pairs {mean('pairs'):.3f}")
-            if not state["table"] or mean("r2") > state["best"]:
-                state.update(best=mean("r2"), table=table)
+            say(f"epoch {epoch + 1} of {cfg.epochs}, held out: " + ", ".join(f"{k} r2 {t['r2']:.3f} spearman {t['spearman']:.3f}" for k, t in table.items()))
+            mean_r2 = torch.tensor([row["r2"] for row in table.values()]).nanmean().item()
+            if not state["table"] or mean_r2 > state["best"]:  # chosen on these rows, so the table flatters a little
+                state.update(best=mean_r2, table=table)
                 save_folder(model.model, model.tokenizer, cfg.out_dir, torch.float32)
         if i + 1 == per_epoch or state["updates"] % cfg.save_interval == 0:
             save_checkpoint(f"{cfg.out_dir}/checkpoint", model, optimizer, state)
     bar.close()
     if rank == 0:
         plain = json.loads(json.dumps(state["table"]), parse_constant=lambda _: None)  # nan is not JSON
-        write_text(f"{cfg.out_dir}/heldout.json", json.dumps(plain, indent=1))
+        write_text(f"{cfg.out_dir}/heldout.json", json.dumps(plain) + "\n")
         shutil.rmtree(f"{cfg.out_dir}/checkpoint")
     return state["table"]
 
@@ -545,37 +533,40 @@ def judged(model, tokenizer, rows, rubrics, device, limit):
 
 def label(cfg, rank, world, device, dtype):
     """Rate the rows of `cfg.label` by `cfg.judge` and append them to `cfg.out`; what a killed run has written there is kept."""
-    records = [(r, conversation(where, r, answered=True)) for where, r in read_jsonl(cfg.label)]
+    records, rubrics, old = [(r, conversation(where, r, answered=True)) for where, r in read_jsonl(cfg.label)], RUBRICS, []
     try:
-        with open(cfg.rubrics or os.devnull, encoding="utf-8") as f:
-            rubrics = json.load(f) if cfg.rubrics else RUBRICS
-        require(all(isinstance(v, str) and v.strip() for v in rubrics.values()) and rubrics, f"{cfg.rubrics}: expected {{\"axis\": \"rubric\", ...}}")
+        if cfg.rubrics:
+            with open(cfg.rubrics, encoding="utf-8") as f:
+                rubrics = json.load(f)
+        require(rubrics and all(isinstance(v, str) and v.strip() for v in rubrics.values()), f"{cfg.rubrics}: expected {{\"axis\": \"rubric\", ...}}")
     except (OSError, ValueError, AttributeError) as e:
         die(f"{cfg.rubrics}: no JSON object of rubrics: {e}")
-    old, bare = [], lambda r: {**r, "scores": [*rubrics]}
     if os.path.exists(cfg.out):
-        with open(cfg.out, encoding="utf-8") as f:
-            old = [line for line in f if line.endswith("\n")]  # a killed run may leave half a line
         try:
-            same = [{**r, "scores": [*r["scores"]]} for r in map(json.loads, old)] == [bare(r) for r, _ in records[:len(old)]]
-        except (ValueError, KeyError, TypeError):
+            with open(cfg.out, encoding="utf-8") as f:
+                old = [line for line in f if line.endswith("\n")]  # a killed run may leave half a line
+            same = [{**r, "scores": [*r["scores"]]} for r in map(json.loads, old)] == [{**r, "scores": [*rubrics]} for r, _ in records[:len(old)]]
+        except (OSError, ValueError, KeyError, TypeError):
             same = False
         require(same, f"{cfg.out} exists and is not the beginning of what this would write; move it away or give another --out")
         say(f"continuing {cfg.out} after {len(old)} of {len(records)} rows")
     model, tokenizer = load(AutoModelForCausalLM, cfg.judge)
-    model = fill(model.to(dtype), device).eval()
-    write_text(cfg.out, "".join(old)) if rank == 0 else None  # the others have read it: `collect` below waits for all
-    bar, sure, unrated = tqdm(total=len(records), initial=len(old), desc="rating", disable=None if rank == 0 else True, leave=False), [], 0
+    for p in model.parameters():
+        p.data = p.data.to(dtype)  # not model.to(dtype): rotary frequencies must stay float32
+    fill(model, device).eval()
+    write_text(cfg.out, "".join(old)) if rank == 0 else None  # the same lines: who still reads them sees no difference
+    bar, sure, unrated = progress("rating", len(records), len(old)), [], 0
     for i in range(len(old), len(records), 32 * world):
         part = records[i:i + 32 * world]
         found = collect(judged(model, tokenizer, [row for _, row in part[rank::world]], rubrics, device, cfg.max_tokens).tolist())
-        new = [{**r, "scores": {k: None if math.isnan(s) else round(s, 6) for k, (s, _) in zip(rubrics, pairs)}} for (r, _), pairs in zip(part, found)]
         if rank == 0:
             with open(cfg.out, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
+                for (r, _), pairs in zip(part, found):
+                    scores = {k: None if math.isnan(s) else round(s, 6) for k, (s, _) in zip(rubrics, pairs)}
+                    f.write(json.dumps({**r, "scores": scores}, ensure_ascii=False) + "\n")
         sure += [p for pairs in found for _, p in pairs if not math.isnan(p)]
-        unrated += sum(s is None for r in new for s in r["scores"].values())
-        bar.update(len(new))
+        unrated += sum(math.isnan(p) for pairs in found for _, p in pairs)
+        bar.update(len(part))
     bar.close()
     say(f"{len(records)} rows rated in {cfg.out}" + f"; {unrated} scores are null: longer than --max_tokens={cfg.max_tokens}" * (unrated > 0))
     if sum(sure) < 0.5 * len(sure):
@@ -591,13 +582,11 @@ def main(cfg):
         rows = [conversation(where, r, answered=True) for where, r in records]
         model = fill(RewardModel(toy(cfg.reward_model, "reward_model")), device).eval()
         scores_NMK = torch.tensor(collect(score(model, rows[rank::world], device).tolist()))
-        named = lambda s_NK: [dict(zip(model.axes, s)) for s in s_NK.tolist()]
-        new = [{**r, "scores": s} for (_, r), s in zip(records, named(scores_NMK.mean(1)))]
-        if model.heads > 1:  # how far the heads of an ensemble disagree
-            new = [{**r, "spread": s} for r, s in zip(new, named(scores_NMK.std(1, correction=0)))]
-        if rank == 0:
-            write_text(cfg.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in new))
-        say(f"{len(rows)} scored in {cfg.out}; means: " + ", ".join(f"{k} {s:.3f}" for k, s in zip(model.axes, scores_NMK.mean((0, 1)).tolist())))
+        named = lambda s_K: dict(zip(model.axes, s_K.tolist()))
+        if rank == 0:  # of an ensemble also the spread: how far its heads disagree
+            write_text(cfg.out, "".join(json.dumps({**r, "scores": named(s_MK.mean(0)), **(
+                {"spread": named(s_MK.std(0, correction=0))} if model.heads > 1 else {})}, ensure_ascii=False) + "\n" for (_, r), s_MK in zip(records, scores_NMK)))
+        say(f"{len(rows)} scored in {cfg.out}; means: " + ", ".join(f"{k} {s:.3f}" for k, s in named(scores_NMK.mean((0, 1))).items()))
     elif cfg.label:
         label(cfg, rank, world, device, dtype)
     else:

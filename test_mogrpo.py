@@ -4,7 +4,7 @@ pytest -q test_mogrpo.py          # two CPU cores, a few minutes; nothing is dow
 Every fast path stands against a slow and obvious one that is written here only, in float64 where it matters, on five tiny
 architectures; runs on 1, 2 and 4 processes stand against each other. Benchmarks are commands, not tests.
 """
-import collections, functools, gzip, json, math, os, shutil, signal, socket, subprocess, sys, weakref
+import collections, functools, gzip, importlib.util, json, math, os, shutil, signal, socket, subprocess, sys, weakref
 
 import pytest
 import torch
@@ -360,27 +360,138 @@ def test_unsupported_models_are_refused(tmp_path, world, capsys):
 # ------------------------------------------------------------------------------------------------------------------------
 # Advantages and the objective
 
-def test_advantages():
-    torch.manual_seed(0)
-    s = torch.rand(5, 8, 3)
-    w = torch.tensor([2.0, 1.0, 0.5])
-    rewards, a = mogrpo.advantages(s, w, 0.01)
-    for p in range(5):
-        r = [sum(w[k].item() * s[p, g, k].item() for k in range(3)) for g in range(8)]
-        mean = sum(r) / 8
-        std = math.sqrt(sum((x - mean)**2 for x in r) / 8)
-        assert rewards[p].tolist() == pytest.approx(r, abs=1e-5)
-        assert a[p].tolist() == pytest.approx([(x - mean) / std for x in r], abs=1e-4)
-    one = torch.tensor([[[0.2], [0.4], [0.9], [0.1]]])  # K = 1 is textbook GRPO
-    r = one[0, :, 0].double()
-    assert torch.allclose(mogrpo.advantages(one, torch.ones(1), 1e-6)[1][0].double(), (r - r.mean()) / r.std(correction=0), atol=1e-5)
+def combined(scores, weights, lambdas=None, floor=0.01, **flags):
+    """`mogrpo.advantages` for weights_K or weights_PK -> rewards, advantages, parts."""
+    weights = weights.expand(len(scores), -1) if weights.dim() == 1 else weights
+    flags = {**flags, **(dict(floors="a=1") if flags.get("combine") == "lagrangian" else {})}
+    lambdas = torch.zeros(scores.shape[-1], dtype=scores.dtype) if lambdas is None else lambdas
+    return mogrpo.advantages(scores, weights, mogrpo.Config(std_floor=floor, **flags), lambdas, CPU)
 
-def test_no_signal_gives_exactly_zero():
+def slow_advantages(s, w, floor, combine, lambdas, gamma):
+    """The table of formulas by loops over plain numbers: s[p][g][k], w[p][k] -> a[p][g]."""
+    P, G, K = len(s), len(s[0]), len(s[0][0])
+    mean, std = lambda x: sum(x) / len(x), lambda x: math.sqrt(sum((v - sum(x) / len(x))**2 for v in x) / len(x))
+    z = [[[(s[p][g][k] - mean([s[p][h][k] for h in range(G)])) / max(floor, std([s[p][h][k] for h in range(G)])) for k in range(K)]
+          for g in range(G)] for p in range(P)]
+    r = [[sum(w[p][k] * s[p][g][k] for k in range(K)) for g in range(G)] for p in range(P)]
+    normal = [[(r[p][g] - mean(r[p])) / max(floor, std(r[p])) for g in range(G)] for p in range(P)]
+    if combine == "sum":
+        return normal
+    if combine == "lagrangian":
+        return [[(normal[p][g] + sum(lambdas[k] * z[p][g][k] for k in range(K))) / (1 + sum(lambdas)) for g in range(G)] for p in range(P)]
+    if combine == "saturate":
+        won = [mean([s[p][g][k] for p in range(P) for g in range(G)]) for k in range(K)]
+        w = [[w[p][k] * (1 - won[k])**gamma for k in range(K)] for p in range(P)]
+    a = [[sum(w[p][k] * z[p][g][k] for k in range(K)) for g in range(G)] for p in range(P)]
+    spread = std([x for row in a for x in row])
+    a = [[x / spread for x in row] for row in a]
+    if combine == "gd2po":
+        off = lambda p, g, k: s[p][g][k] - mean([s[p][h][k] for h in range(G)])
+        fine = [[not (any(off(p, g, k) > floor for k in range(K)) and any(off(p, g, k) < -floor for k in range(K))) for g in range(G)] for p in range(P)]
+        a = [[x * f * mean(fine[p]) for x, f in zip(a[p], fine[p])] for p in range(P)]
+    return a
+
+@pytest.mark.parametrize("combine", mogrpo.COMBINE)
+def test_advantages_equal_the_formulas(combine, world):
+    g = torch.Generator().manual_seed(0)
+    s = torch.rand(5, 8, 3, dtype=torch.float64, generator=g)
+    s[0, :, 1] = 0.5  # an axis without signal
+    s[1, :, 2] = 0.5 + 1e-4 * s[1, :, 2]  # one below the floor
+    s[2] = s[2].sort(dim=0).values  # no conflict at all
+    w = torch.rand(5, 3, dtype=torch.float64, generator=g) + 0.1
+    lambdas = torch.tensor([0.7, 0.0, 2.0], dtype=torch.float64) if combine == "lagrangian" else torch.zeros(3, dtype=torch.float64)
+    rewards, a, parts = combined(s, w, lambdas, combine=combine, saturation=1.5)
+    slow = slow_advantages(s.tolist(), w.tolist(), 0.01, combine, lambdas.tolist(), 1.5)
+    assert torch.allclose(a, torch.tensor(slow, dtype=torch.float64), atol=1e-9) and torch.allclose(parts.sum(-1), a)
+    assert torch.allclose(rewards, (s * w[:, None]).sum(-1)) and a.abs().max() > 0.3
+    if combine == "gd2po":
+        assert (a[2] == 0).sum() <= 1 < (a[3:] == 0).sum() < 16  # the ordered group keeps all but one about its mean
+
+def test_one_axis_is_textbook_grpo(world):
+    one = torch.tensor([[[0.2], [0.4], [0.9], [0.1]]])
+    r = one[0, :, 0].double()
+    for combine in ("sum", "gdpo"):  # a batch of one group: its z-score is the group's
+        got = combined(one, torch.ones(1), combine=combine, floor=1e-6)[1][0].double()
+        assert torch.allclose(got, (r - r.mean()) / r.std(correction=0), atol=1e-5)
+
+@pytest.mark.parametrize("combine", mogrpo.COMBINE)
+def test_no_signal_gives_exactly_zero(combine, world):
     same = torch.full((1, 8, 4), 0.7310585786)
-    assert (mogrpo.advantages(same, torch.tensor([0.1, 0.7, 1.3, 2.9]), 0.01)[1] == 0).all()
-    assert (mogrpo.advantages(same + 1e-7 * torch.randn(1, 8, 4), torch.ones(4), 0.01)[1] == 0).all()
-    noise = mogrpo.advantages(same + 1e-5 * torch.randn(1, 8, 4), torch.ones(4), 0.01)[1]
-    assert 0 < noise.abs().max() < 0.02  # a spread far below the floor hardly moves the policy
+    assert (combined(same, torch.tensor([0.1, 0.7, 1.3, 2.9]), combine=combine)[1] == 0).all()
+    assert (combined(same + 1e-7 * torch.randn(1, 8, 4), torch.ones(4), combine=combine)[1] == 0).all()
+    noise = combined(same + 1e-5 * torch.randn(1, 8, 4), torch.ones(4), combine=combine)[1]
+    if combine in ("sum", "lagrangian"):
+        assert 0 < noise.abs().max() < 0.02  # a spread far below the floor hardly moves the policy
+
+def test_group_metrics_against_plain_arithmetic(world):
+    g = torch.Generator().manual_seed(0)
+    s = torch.rand(6, 8, 3, generator=g, dtype=torch.float64)
+    s[..., 2] = 1 - s[..., 0] + 0.05 * s[..., 2]  # the third axis opposes the first
+    s[0, :, 1] = 0.5
+    rewards, a, parts = combined(s, torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
+    row = mogrpo.group_metrics(s, rewards, parts, ["x", "y", "z"], 0.01, CPU)
+    assert row["zero_std/y"] == pytest.approx(1 / 6) and row["score/x"] == pytest.approx(s[..., 0].mean().item())
+    off = (s - s.mean(1, keepdim=True)).reshape(-1, 3)
+    assert row["corr/z~x"] == pytest.approx(float(torch.corrcoef(off.T)[0, 2]), abs=1e-6) and row["corr/z~x"] < -0.9
+    opposed = sum(abs(u) > 0.01 and abs(v) > 0.01 and u * v < 0 for u, v in off[:, [0, 2]].tolist()) / 48
+    assert row["conflict/z~x"] == pytest.approx(opposed) and opposed > 0.8 and row["conflict"] >= opposed
+    variance = (a**2).mean().item()
+    shares = [(parts[..., k] * a).mean().item() / variance for k in range(3)]
+    assert [row[f"share/{k}"] for k in "xyz"] == pytest.approx(shares) and sum(shares) == pytest.approx(1) and shares[2] < 0 < shares[0]
+    assert not any("~" in k for k in mogrpo.group_metrics(s[..., :1], rewards, parts[..., :1], ["x"], 0.01, CPU))
+
+def test_ppo_parts(tmp_path, world):
+    """GAE by its recursion, and the critic's values by the library's token classifier."""
+    g = torch.Generator().manual_seed(0)
+    lengths, lam = [3, 1, 7, 2], 0.9
+    r, v = torch.rand(13, generator=g, dtype=torch.float64), torch.rand(13, generator=g, dtype=torch.float64)
+    slow, at = [], 0
+    for n in lengths:
+        ahead, out = 0.0, []
+        for t in reversed(range(at, at + n)):
+            ahead = r[t] + (v[t + 1] if t + 1 < at + n else 0.0) - v[t] + lam * ahead
+            out.append(float(ahead))
+        slow, at = slow + out[::-1], at + n
+    assert mogrpo.gae(r, v, lengths, lam).tolist() == pytest.approx(slow, abs=1e-6)
+    for lam in (0.0, 1.0):  # one step ahead; the whole rest
+        first = mogrpo.gae(r, v, lengths, lam)[0].item()
+        assert first == pytest.approx((r[0] + v[1] - v[0] if lam == 0 else r[:3].sum() - v[0]).item(), abs=1e-6)
+    path = folder_of(tmp_path / "p")
+    critic = rm.load(transformers.AutoModelForTokenClassification, path, num_labels=1)[0].eval()
+    critic = rm.shard(critic, CPU, torch.float32)
+    groups = [(p, [[9, 8, 7, 2], [5] * 6]) for p in PROMPTS]
+    rm.save_folder(critic, tiny_tokenizer(), str(tmp_path / "c"), torch.float32)
+    stock = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "c").eval()
+    expected = torch.cat([stock(torch.tensor([p + x])).logits[0, len(p) - 1:-1, 0] for p, xs in groups for x in xs])
+    assert torch.allclose(mogrpo.values(critic, groups, CPU), expected, atol=1e-5) and expected.std() > 0.01
+    assert stock.score.bias.item() == 0
+
+def test_dpo_equals_the_formula():
+    g = torch.Generator().manual_seed(0)
+    lengths = [3, 2, 4, 4, 1, 5]  # three pairs, better then worse; the second has no signal
+    rows = [([1], [[5] * n for n in lengths[i:i + 2]]) for i in (0, 2, 4)]
+    logp = torch.randn(19, generator=g, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(19, generator=g, dtype=torch.float64)
+    advantage = torch.cat([torch.full((n,), a) for n, a in zip(lengths, (1.0, -1.0, 0.0, 0.0, 1.2, -0.8))])
+    mogrpo.dpo_objective(logp, ref, advantage, torch.full((19,), 0.1), rows, 0.3, 6).backward()
+    assert mogrpo.dpo_objective(logp, ref, advantage, torch.zeros(19), rows, 0.3, 6) == 0  # a repeated batch
+    other, start, loss = logp.detach().clone().requires_grad_(), [0, 3, 5, 9, 13, 14, 19], 0.0
+    for pair in (0, 4):
+        gain = [sum(other[t] - ref[t] for t in range(start[i], start[i + 1])) for i in (pair, pair + 1)]
+        loss = loss - torch.log(1 / (1 + torch.exp(-0.3 * (gain[0] - gain[1])))) / 3
+    loss.backward()
+    assert torch.allclose(logp.grad, other.grad, atol=1e-12) and (logp.grad[5:13] == 0).all()
+    items = [dict(ids=[1] * 5, responses=[[3] * n, [4] * (12 - n)], sampled=[torch.zeros(n), torch.zeros(12 - n)], advantages_G=torch.tensor([1., -1.]))
+             for n in (2, 5, 11)]
+    for budget in (1, 30, 40, 1000):  # pairs are never cut
+        assert all(len(rs) == 2 for b in mogrpo.micro_batches(items, budget, 2) for _, rs in b["rows"])
+
+def test_stated_weights():
+    talk = [{"role": "user", "content": "hi"}]
+    said = mogrpo.stated(talk, torch.tensor([3.0, 1.0, 0.0]), ["safety", "tone", "length"])
+    assert said == [{"role": "system", "content": "weights : safety 8 , tone 2 , length 0"}, *talk]
+    merged = mogrpo.stated([{"role": "system", "content": "be brief"}, *talk], torch.ones(2), ["a", "b"])
+    assert merged == [{"role": "system", "content": "be brief\nweights : a 5 , b 5"}, *talk]
 
 def slow_loss(stock, ref, groups, advantages, old, sampled, norm, cfg):
     """The objective from the formulas, one token at a time, in float64, on the library's own full logits."""
@@ -422,7 +533,7 @@ def fast_gradient(policy, reference, groups, advantages, old, sampled, norm, cfg
         weight = mogrpo.token_weights(b["rows"], norm, cfg.max_new_tokens, len(lengths), sum(lengths))
         a = b["advantage"] * (was - b["sampled"]).exp().clamp(max=2.0)
         ref = mogrpo.logp(reference, b["rows"], cfg.temperature, device).detach()
-        part, _, _ = mogrpo.objective(new, was, ref, a, weight, cfg)
+        part, _, _ = mogrpo.objective(new, was, ref, a, weight, cfg, cfg.beta)
         part.backward()
         loss += part.item()
     grads = {n.removeprefix("lm."): p.grad.full_tensor().clone() for n, p in policy.named_parameters()}
@@ -833,26 +944,34 @@ def stop_after(n, monkeypatch):
     monkeypatch.setattr(mogrpo, "group_metrics", interrupt)
     return calls
 
-def test_resume_is_exact_after_a_stop_at_any_step(toy, monkeypatch):
+@pytest.mark.parametrize("flags, stops", [([], (1, 2, 3)), (["--algo=ppo", "--critic_lr=1e-3"], (2,)),
+                                          (["--combine=lagrangian", "--floors=safety=0.9,politeness=0.2", "--steer"], (2,))])
+def test_resume_is_exact_after_a_stop_at_any_step(flags, stops, toy, monkeypatch):
     monkeypatch.chdir(toy)
-    heldout = "out/few.jsonl"
+    heldout, name = "out/few.jsonl", f"-{len(flags)}"
     with open("out/toy/heldout_prompts.jsonl") as f, open(heldout, "w") as g:
         g.writelines(f.readlines()[::16])
-    common = [*SMALL, "--steps=4", f"--heldout_prompts={heldout}", "--eval_interval=2"]
-    run_main(mogrpo, *common, "--out_dir=out/whole", "--save_interval=0")
-    for n in (1, 2, 3):
-        out = f"--out_dir=out/cut{n}"
+    common = [*SMALL, "--steps=4", f"--heldout_prompts={heldout}", "--eval_interval=2", *flags]
+    run_main(mogrpo, *common, f"--out_dir=out/whole{name}", "--save_interval=0")
+    for n in stops:
+        folder = f"out/cut{n}{name}"
         calls = stop_after(n, monkeypatch)
-        run_main(mogrpo, *common, out)
-        assert not os.path.exists(f"out/cut{n}/policy") and len(calls) == n
-        with open(f"out/cut{n}/metrics.jsonl", "a") as f:
+        run_main(mogrpo, *common, f"--out_dir={folder}")
+        assert not os.path.exists(f"{folder}/policy") and len(calls) == n
+        with open(f"{folder}/metrics.jsonl", "a") as f:
             f.write(json.dumps({"step": 99, "loss": 0}) + "\n" + '{"step": 1')  # a killed run: steps logged but not saved, half a line
         stop_after(99, monkeypatch)
-        run_main(mogrpo, *common, out, "--resume")
-        assert without_time(rows_of(f"out/cut{n}/metrics.jsonl")) == without_time(rows_of("out/whole/metrics.jsonl"))
-        assert rows_of(f"out/cut{n}/samples.jsonl") == rows_of("out/whole/samples.jsonl")
-        a, b = (transformers.AutoModelForCausalLM.from_pretrained(f"out/{d}/policy") for d in (f"cut{n}", "whole"))
+        run_main(mogrpo, *common, f"--out_dir={folder}", "--resume")
+        assert without_time(rows_of(f"{folder}/metrics.jsonl")) == without_time(rows_of(f"out/whole{name}/metrics.jsonl"))
+        assert rows_of(f"{folder}/samples.jsonl") == rows_of(f"out/whole{name}/samples.jsonl")
+        a, b = (transformers.AutoModelForCausalLM.from_pretrained(f"{d}/policy") for d in (folder, f"out/whole{name}"))
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    if "--combine=lagrangian" in flags:  # dual ascent: up while below the floor, down while above
+        rows = [r for r in rows_of(f"out/whole{name}/metrics.jsonl") if "loss" in r]
+        for k, floor in (("safety", 0.9), ("politeness", 0.2)):
+            expected = [math.exp(0.5 * sum(floor - r[f"score/{k}"] for r in rows[:i + 1])) for i in range(4)]
+            assert [r[f"lambda/{k}"] for r in rows] == pytest.approx(expected)
+        assert rows[-1]["lambda/safety"] > 1 > rows[-1]["lambda/politeness"]
 
 def test_bfloat16_starts_at_the_reference(toy, monkeypatch):
     """The GPU's arithmetic: policy (float32 weights, bfloat16 compute) and bfloat16 reference must agree bit for bit at first."""
@@ -866,7 +985,7 @@ import json, os, signal, sys
 sys.path.insert(0, HERE)
 import mogrpo, reward_model as rm
 world = rm.join_world("float64")          # one group for all runs: what differs is the algorithm, not the rounding
-mogrpo.join_world = lambda dtype: world
+mogrpo.join_world = rm.join_world = lambda dtype: world
 real = mogrpo.group_metrics
 for stop_in, args in json.loads(sys.argv[1]):
     steps = []
@@ -876,7 +995,8 @@ for stop_in, args in json.loads(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGINT)
         return real(*a)
     mogrpo.group_metrics = group_metrics
-    mogrpo.main(rm.parse(mogrpo.Config, args, mogrpo.__doc__, mogrpo.TOY))
+    script = rm if args[0][:7] in ("--ratin", "--score") else mogrpo
+    script.main(rm.parse(script.Config, args, script.__doc__, script.TOY))
 mogrpo.dist.barrier()
 os._exit(0)
 """
@@ -917,8 +1037,17 @@ def test_any_number_of_processes_and_nodes_gives_the_same_run(toy, monkeypatch):
             variants.append((f"{tied}-{lora}", [*common, f"--policy={folder}", "--reward_model=tiny/rm", "--prompts=tiny/prompts.jsonl",
                                                 f"--lora_rank={lora}", f"--lr={3e-2 if lora else 3e-3}"]))
     cut = [*common, "--out_dir=out/cut"]
+    def reward(n):
+        """A reward model trained on 70 rows in batches of 15, and its scores of other rows, by n processes."""
+        return [(0, [f"--ratings={ratings_file('tiny/r.jsonl', 70)}", f"--heldout_ratings={ratings_file('tiny/h.jsonl', 20)}", "--ensemble=2",
+                     "--backbone=tiny/True", "--batch_size=15", "--lr=1e-3", f"--out_dir=out/rm{n}"]),
+                (0, ["--score=tiny/h.jsonl", "--reward_model=out/rm1", f"--out=out/scored{n}"])]
+    base = ["--policy=tiny/True", "--reward_model=tiny/rm", "--prompts=tiny/prompts.jsonl", "--lr=3e-3", *common, "--steps=2"]
+    variants += [(c, [*base, f"--combine={c}"]) for c in ("gdpo", "gd2po", "saturate")]
+    variants += [("lagrangian", [*base, "--combine=lagrangian", "--floors=good=0.9"]), ("steer", [*base, "--steer"]),
+                 ("ppo", [*base, "--algo=ppo", "--critic_lr=1e-3", "--epochs=2"]), ("dpo", [*base, "--algo=dpo", "--epochs=2"])]
     for name, processes, nodes, extra in (("1", 1, 1, []), ("2", 2, 1, [(1, cut)]), ("4", 4, 1, []), ("2x2", 2, 2, [])):
-        torchrun(processes, nodes, [(0, [*common, f"--out_dir=out/n{name}-toy"]), *extra,
+        torchrun(processes, nodes, [*reward(name), (0, [*common, f"--out_dir=out/n{name}-toy"]), *extra,
                                     *((0, [*args, f"--out_dir=out/n{name}-{v}"]) for v, args in variants)])
     torchrun(1, 1, [(1, [*cut, "--resume"])])
     torchrun(4, 1, [(0, [*cut, "--resume"])])
@@ -927,8 +1056,14 @@ def test_any_number_of_processes_and_nodes_gives_the_same_run(toy, monkeypatch):
         for other in (f"out/n{n}-{v}" for n in ("2", "4", "2x2")):
             same_run(one, other)
     same_run("out/n1-toy", "out/cut")
+    one = t.AutoModelForSequenceClassification.from_pretrained("out/rm1").state_dict()
+    for n in ("2", "4", "2x2"):
+        other = t.AutoModelForSequenceClassification.from_pretrained(f"out/rm{n}").state_dict()
+        assert all((one[k] - other[k]).norm() <= 1e-5 * one[k].norm() for k in one)
+        for a, b in zip(rows_of("out/scored1"), rows_of(f"out/scored{n}"), strict=True):
+            assert a["response"] == b["response"] and all(a[k] == pytest.approx(b[k], abs=1e-5) for k in ("scores", "spread"))
     start = {n: t.AutoModelForCausalLM.from_pretrained(f"tiny/{n}").state_dict() for n in ("True", "False")}
-    for v, _ in variants:  # they did train, and LoRA left all but the blocks' linear layers alone
+    for v, _ in variants[:4]:  # they did train, and LoRA left all but the blocks' linear layers alone
         end = t.AutoModelForCausalLM.from_pretrained(f"out/n4-{v}/policy").state_dict()
         moved = {n for n, w in start[v.split("-")[0]].items() if not torch.equal(w, end[n])}
         assert moved == {n for n in end if "0" in v.split("-")[1] or "proj" in n}, moved
@@ -990,7 +1125,9 @@ def bench(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, parts", [
     (["--group_size=1"], ["--group_size=1", "at least 2"]), (["--group_size=-3"], ["--group_size=-3"]), (["--lr=fast"], ["--lr", "fast"]),
     (["--lr=nan"], ["--lr=nan"]), (["--steps=2.5"], ["--steps", "2.5"]), (["--grup_size=4"], ["--grup_size=4"]), (["stray"], ["stray"]),
-    (["--weights=good=nan"], ["--weights", "good=nan"]), (["--weights=nice=1"], ["nice", "good, kind"]), (["--weights=good"], ["--weights"]), (["--weights=good=0,kind=0"], ["--weights", "0"]),
+    (["--weights=good=nan"], ["--weights", "good=nan"]), (["--combine=lagrangian"], ["--floors"]), (["--floors=good=1"], ["--combine=lagrangian"]),
+    (["--combine=lagrangian", "--floors=nice=1"], ["nice", "good, kind"]), (["--algo=ppo", "--combine=gdpo"], ["--algo=ppo", "sum"]), (["--algo=dpo", "--beta=0"], ["--beta"]),
+    (["--algo=rloo"], ["grpo, ppo, dpo"]), (["--pessimism=1"], ["--ensemble"]), (["--weights=nice=1"], ["nice", "good, kind"]), (["--weights=good"], ["--weights"]), (["--weights=good=0,kind=0"], ["--weights", "0"]),
     (["--combine=product"], ["--combine=product", "sum"]), (["--loss_norm=x"], ["--loss_norm=x", "sequence"]), (["--resume=maybe"], ["--resume"]),
     (["--prompts=none.jsonl"], ["none.jsonl", "No such file"]), (["--policy=no/where/here"], ["no/where/here"]), (["--reward_model=policy"], ["policy", "score.weight"]),
     (["--prompts_per_step=13"], ["prompts_per_step=13"]), (["--max_prompt_tokens=2"], ["0 prompts"]), (["--temperature=0"], ["--temperature=0"])])
@@ -1045,6 +1182,26 @@ def test_spoiled_folders(bench, capsys):
     os.remove("cut/model.safetensors")
     torch.save({}, "cut/pytorch_model.bin")  # a pickle is never read
     refused(capsys, lambda: run_main(mogrpo, *bench, "--policy=cut"), "cut")
+
+def test_eval_sweeps_and_writes_without_a_reward_model(bench, capsys, monkeypatch):
+    seen, real = [], evaluation.stated
+    monkeypatch.setattr(evaluation, "stated", lambda messages, weights, axes: seen.append(weights.tolist()) or real(messages, weights, axes))
+    flags = ["--policies=one=policy", "--prompts=prompts.jsonl", "--max_new_tokens=4", "--samples=2"]
+    run_main(evaluation, *flags, "--reward_model=rm", "--sweep=kind", "--out_dir=swept")
+    with open("swept/eval.json") as f:
+        table = json.load(f)["table"]["all"]
+    assert list(table["good"]) == [f"one {s}" for s in (0.0, 0.25, 0.5, 0.75, 1.0)] and len(rows_of("swept/samples.jsonl")) == 5 * 12 * 2
+    assert [w for i, w in enumerate(seen) if i % 12 == 0] == [[1 - s, s] for s in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    run_main(evaluation, *flags, "--reward_model=", "--out_dir=plain")
+    rows = rows_of("plain/samples.jsonl")
+    assert len(rows) == 24 and all(r["scores"] == {} and r["response"] is not None and r["messages"] for r in rows)
+    refused(capsys, lambda: run_main(evaluation, *flags, "--reward_model=rm", "--sweep=tone", "--out_dir=x"), "--sweep=tone", "good, kind")
+    dist.destroy_process_group()
+    if importlib.util.find_spec("matplotlib"):  # an optional extra
+        run_main(evaluation, *flags, "--reward_model=rm", "--picture", "--out_dir=drawn")
+        assert os.path.getsize("drawn/eval.png") > 5000
+    else:
+        refused(capsys, lambda: run_main(evaluation, *flags, "--reward_model=rm", "--picture", "--out_dir=drawn"), "matplotlib")
 
 def spoiled_header(path):
     with open(path, "r+b") as f:
