@@ -58,8 +58,7 @@ class Config:
     out_dir: str = "out/mogrpo"   # results; an earlier run there is renamed, never overwritten
     # objective
     weights: str = ""             # axis=weight,...; an axis not named weighs 1
-    combine: str = "sum"          # how K scores become one advantage: sum (the paper) | gdpo | gd2po | saturate | lagrangian
-    saturation: float = 2.0       # saturate: an axis weighs (1 - its mean score) ** this
+    combine: str = "sum"          # how K scores become one advantage: sum (the paper) | gdpo | lagrangian; see `advantages`
     floors: str = ""              # lagrangian: axis=least mean score,... as in safety=0.9
     dual_lr: float = 0.5          # lagrangian: step of the log multiplier for a shortfall of 1
     algo: str = "grpo"            # grpo | ppo: a critic instead of the group | dpo: best against worst of each group
@@ -104,19 +103,19 @@ class Config:
         for name in "prompts_per_step max_prompt_tokens max_new_tokens sample_rows temperature steps lr epochs grad_clip \
                      micro_tokens eval_samples std_floor lora_alpha gpu_gb".split():
             require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
-        for name in "pessimism saturation dual_lr critic_lr gae_lambda beta clip_low clip_high warmup eval_interval save_interval lora_rank dry_run".split():
+        for name in "pessimism dual_lr critic_lr gae_lambda beta clip_low clip_high warmup eval_interval save_interval lora_rank dry_run".split():
             require(getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative")
         require(self.group_size >= 2, f"--group_size={self.group_size}: a group of one teaches nothing; take at least 2")
-        for name, known in (("combine", COMBINE), ("algo", ("grpo", "ppo", "dpo")), ("loss_norm", ("sequence", "token", "constant")), ("dtype", DTYPES)):
+        for name, known in (("combine", ("sum", "gdpo", "lagrangian")), ("algo", ("grpo", "ppo", "dpo")), ("loss_norm", ("sequence", "token", "constant")), ("dtype", DTYPES)):
             require(getattr(self, name) in known, f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
         for pair in filter(None, f"{self.weights},{self.floors}".split(",")):
-            require(is_number(pair.partition("=")[2]) and float(pair.partition("=")[2]) >= 0, f"--weights, --floors: {pair}: expected axis=number, at least 0")
+            require(is_number(pair.partition("=")[2]) and float(pair.partition("=")[2]) >= 0,
+                    f"--weights, --floors: {pair}: expected axis=number, at least 0")
         require((self.combine == "lagrangian") == bool(self.floors), "--combine=lagrangian and --floors=axis=score go together")
         require(self.algo == "grpo" or self.combine == "sum" and self.beta > 0, f"--algo={self.algo} wants --combine=sum and --beta above 0")
         require(self.policy == "toy" or self.dry_run or "toy" not in (self.reward_model, self.prompts), "with --policy, give --reward_model and --prompts, too")
 
-TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=8e-4, beta=0.08, recompute=False)  # defaults while --policy=toy
-COMBINE = ("sum", "gdpo", "gd2po", "saturate", "lagrangian")
+TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=8e-4, beta=0.08, critic_lr=3e-3, recompute=False)  # defaults while --policy=toy
 CHUNK_LOGITS = 2**26  # logits that exist at a time when responses are scored: 256 MB in float32
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +213,8 @@ def check_support(policy, device, dtype):
                 stock = policy.lm(torch.tensor([p + r], device=device)).logits[0, len(p) - 1:-1].float().log_softmax(-1)
                 stock = stock.gather(-1, torch.tensor(r, device=device)[:, None]).squeeze(-1)
                 gap = max((ours - stock).abs().max().item(), (ours.cpu() - sampler).abs().max().item())
-                require(gap < (0.3 if dtype == torch.bfloat16 else 1e-3), f"{type(policy.lm).__name__} is not supported: its sampled and scored log-probs differ by {gap:.3g}")
+                require(gap < (0.3 if dtype == torch.bfloat16 else 1e-3),
+                        f"{type(policy.lm).__name__} is not supported: its sampled and scored log-probs differ by {gap:.3g}")
     except (AttributeError, TypeError, NotImplementedError, ValueError) as e:
         die(f"{type(policy.lm).__name__} is not supported: {e}")
 
@@ -356,9 +356,6 @@ def advantages(scores_PGK, weights_PK, cfg, multipliers_K, device):
 
     sum         2503.21819   weighted sum of the scores, then normalised in the group: an axis counts as much as its scores spread
     gdpo        2601.05242   each axis normalised in the group first, then the weighted sum, then normalised over the batch
-    gd2po       2606.16771   gdpo; a response that is above its group on one axis and below on another is dropped, and the group
-                             scaled by the share that is kept (its KL term stays)
-    saturate    SA-MRPO      gdpo with weights w (1 - mean score)^saturation: an axis already won stops spending the budget
     lagrangian  2310.12773   sum, plus lambda times the normalised score of every axis with a floor, over 1 + the sum of lambdas
 
     A learned score is noise below some spread: dividing by a tiny std would turn 0.50000 and 0.50001 into advantages of -1 and +1
@@ -366,21 +363,14 @@ def advantages(scores_PGK, weights_PK, cfg, multipliers_K, device):
     rewards_PG = (scores_PGK * weights_PK[:, None]).sum(-1)
     off_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)  # the mean of the group stands in for a critic
     z_PGK = off_PGK / scores_PGK.std(1, correction=0, keepdim=True).clamp(min=cfg.std_floor)
-    if cfg.combine in ("sum", "lagrangian"):
-        parts_PGK = off_PGK * weights_PK[:, None] / rewards_PG.std(1, correction=0).clamp(min=cfg.std_floor)[:, None, None]
-        parts_PGK = (parts_PGK + z_PGK * multipliers_K) / (1 + multipliers_K.sum())  # multipliers are 0 where there is no floor
-    else:
-        if cfg.combine == "saturate":
-            n, *sums = total([scores_PGK[..., 0].numel(), *scores_PGK.sum((0, 1)).tolist()], device)  # of the whole batch
-            weights_PK = weights_PK * (1 - torch.tensor(sums) / n).clamp(min=0)**cfg.saturation
-        parts_PGK = z_PGK * weights_PK[:, None]
+    if cfg.combine == "gdpo":
+        parts_PGK = z_PGK * weights_PK[:, None]  # weights after the normalisation: a narrow axis counts like a wide one
         n, squares = total([rewards_PG.numel(), parts_PGK.sum(-1).square().sum().item()], device)  # their mean is 0 in every group
         parts_PGK = parts_PGK / max((squares / n)**0.5, cfg.std_floor)
+    else:
+        parts_PGK = off_PGK * weights_PK[:, None] / rewards_PG.std(1, correction=0).clamp(min=cfg.std_floor)[:, None, None]
+        parts_PGK = (parts_PGK + z_PGK * multipliers_K) / (1 + multipliers_K.sum())  # multipliers are 0 where there is no floor
     parts_PGK = parts_PGK * (scores_PGK.std(1, correction=0).amax(-1) > 1e-6)[:, None, None]  # one text, scored twice, differs by 1e-7
-    if cfg.combine == "gd2po":
-        mine = weights_PK[:, None] > 0
-        kept_PG = ~(((off_PGK > cfg.std_floor) & mine).any(-1) & ((off_PGK < -cfg.std_floor) & mine).any(-1))
-        parts_PGK = parts_PGK * (kept_PG * kept_PG.float().mean(1, keepdim=True))[..., None]
     return rewards_PG, parts_PGK.sum(-1), parts_PGK
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,7 +617,9 @@ def toy_world(folder="out/toy"):
     policy, steps = shard(Policy(f"{tmp}/untrained"), device, torch.float32), 400
     optimizer, ask = torch.optim.AdamW(policy.parameters()), lambda p: [{"role": "user", "content": p}]
     for step in tqdm(range(steps), "fitting a tiny policy to demonstrations", disable=None, leave=False):
-        chats = [(ask(p) if i % 4 else stated(ask(p), torch.rand(4), axes), a) for i, (p, a) in enumerate(rng.sample(demos, 32))]
+        # Half of them state weights that are roughly what the answer is like: for --steer it has to know the words, as a real model does
+        roughly = lambda p, a: torch.tensor([s**2 for s in true_scores(p, a).values()]) + 0.3 * torch.rand(4)
+        chats = [(ask(p) if i % 2 else stated(ask(p), roughly(p, a), axes), a) for i, (p, a) in enumerate(rng.sample(demos, 32))]
         batch = [(q, [render(tokenizer, m, a)[len(q):]]) for m, a in chats for q in [render(tokenizer, m)]]  # about 900 tokens
         (-logp(policy, batch, 1.0, device).mean()).backward()
         optimizer.param_groups[0]["lr"] = 6e-3 * min(1, (step + 1) / 20, (steps - step) / steps)

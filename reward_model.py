@@ -455,14 +455,12 @@ def train(cfg, rank, world, device, dtype):
     say(f"reward model: {len(rows)} rated answers ({counts}), {len(held_rows)} held out")
     torch.manual_seed(cfg.seed)  # every process makes the same fresh head, and keeps its shard of it
     model = shard(RewardModel(cfg.backbone, axes, cfg.ensemble, cfg.max_tokens), device, dtype)
-    ids = model.encode(rows)
-    lengths, weights_NMK = torch.tensor([len(x) for x in ids]), label_weights(labels, cfg.ensemble, cfg.seed)
-    batch = min(cfg.batch_size, len(rows))
+    ids, weights_NMK = model.encode(rows), label_weights(labels, cfg.ensemble, cfg.seed)
+    lengths, batch = torch.tensor([len(x) for x in ids]), min(cfg.batch_size, len(rows))
     steps = cfg.epochs * (per_epoch := len(rows) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)  # on the shards: 1/N of the moments
     state = dict(updates=0, best=-math.inf, table={})
-    found = find_checkpoint(f"{cfg.out_dir}/checkpoint") if cfg.resume else None
-    if found:
+    if found := find_checkpoint(f"{cfg.out_dir}/checkpoint") if cfg.resume else None:
         state = load_checkpoint(found, model, optimizer)
         say(f"resuming {cfg.out_dir} after step {state['updates']} of {steps}")
     elif rank == 0:
@@ -490,7 +488,8 @@ def train(cfg, rank, world, device, dtype):
         if i + 1 == per_epoch:  # the end of an epoch: the best one so far is what out_dir holds
             scores = score(model.eval(), held_rows, device).mean(1)  # all rows on every process: a sharded forward takes all of them
             table = heldout_table(scores, held_labels, held_rows, axes)
-            say(f"epoch {epoch + 1} of {cfg.epochs}, held out: " + ", ".join(f"{k} r2 {t['r2']:.3f} spearman {t['spearman']:.3f}" for k, t in table.items()))
+            found = ", ".join(f"{k} r2 {t['r2']:.3f} spearman {t['spearman']:.3f}" for k, t in table.items())
+            say(f"epoch {epoch + 1} of {cfg.epochs}, held out: {found}")
             mean_r2 = torch.tensor([row["r2"] for row in table.values()]).nanmean().item()
             if not state["table"] or mean_r2 > state["best"]:  # chosen on these rows, so the table flatters a little
                 state.update(best=mean_r2, table=table)

@@ -367,7 +367,7 @@ def combined(scores, weights, lambdas=None, floor=0.01, **flags):
     lambdas = torch.zeros(scores.shape[-1], dtype=scores.dtype) if lambdas is None else lambdas
     return mogrpo.advantages(scores, weights, mogrpo.Config(std_floor=floor, **flags), lambdas, CPU)
 
-def slow_advantages(s, w, floor, combine, lambdas, gamma):
+def slow_advantages(s, w, floor, combine, lambdas):
     """The table of formulas by loops over plain numbers: s[p][g][k], w[p][k] -> a[p][g]."""
     P, G, K = len(s), len(s[0]), len(s[0][0])
     mean, std = lambda x: sum(x) / len(x), lambda x: math.sqrt(sum((v - sum(x) / len(x))**2 for v in x) / len(x))
@@ -379,33 +379,22 @@ def slow_advantages(s, w, floor, combine, lambdas, gamma):
         return normal
     if combine == "lagrangian":
         return [[(normal[p][g] + sum(lambdas[k] * z[p][g][k] for k in range(K))) / (1 + sum(lambdas)) for g in range(G)] for p in range(P)]
-    if combine == "saturate":
-        won = [mean([s[p][g][k] for p in range(P) for g in range(G)]) for k in range(K)]
-        w = [[w[p][k] * (1 - won[k])**gamma for k in range(K)] for p in range(P)]
     a = [[sum(w[p][k] * z[p][g][k] for k in range(K)) for g in range(G)] for p in range(P)]
     spread = std([x for row in a for x in row])
-    a = [[x / spread for x in row] for row in a]
-    if combine == "gd2po":
-        off = lambda p, g, k: s[p][g][k] - mean([s[p][h][k] for h in range(G)])
-        fine = [[not (any(off(p, g, k) > floor for k in range(K)) and any(off(p, g, k) < -floor for k in range(K))) for g in range(G)] for p in range(P)]
-        a = [[x * f * mean(fine[p]) for x, f in zip(a[p], fine[p])] for p in range(P)]
-    return a
+    return [[x / spread for x in row] for row in a]
 
-@pytest.mark.parametrize("combine", mogrpo.COMBINE)
+@pytest.mark.parametrize("combine", ("sum", "gdpo", "lagrangian"))
 def test_advantages_equal_the_formulas(combine, world):
     g = torch.Generator().manual_seed(0)
     s = torch.rand(5, 8, 3, dtype=torch.float64, generator=g)
     s[0, :, 1] = 0.5  # an axis without signal
     s[1, :, 2] = 0.5 + 1e-4 * s[1, :, 2]  # one below the floor
-    s[2] = s[2].sort(dim=0).values  # no conflict at all
     w = torch.rand(5, 3, dtype=torch.float64, generator=g) + 0.1
     lambdas = torch.tensor([0.7, 0.0, 2.0], dtype=torch.float64) if combine == "lagrangian" else torch.zeros(3, dtype=torch.float64)
-    rewards, a, parts = combined(s, w, lambdas, combine=combine, saturation=1.5)
-    slow = slow_advantages(s.tolist(), w.tolist(), 0.01, combine, lambdas.tolist(), 1.5)
+    rewards, a, parts = combined(s, w, lambdas, combine=combine)
+    slow = slow_advantages(s.tolist(), w.tolist(), 0.01, combine, lambdas.tolist())
     assert torch.allclose(a, torch.tensor(slow, dtype=torch.float64), atol=1e-9) and torch.allclose(parts.sum(-1), a)
     assert torch.allclose(rewards, (s * w[:, None]).sum(-1)) and a.abs().max() > 0.3
-    if combine == "gd2po":
-        assert (a[2] == 0).sum() <= 1 < (a[3:] == 0).sum() < 16  # the ordered group keeps all but one about its mean
 
 def test_one_axis_is_textbook_grpo(world):
     one = torch.tensor([[[0.2], [0.4], [0.9], [0.1]]])
@@ -414,7 +403,7 @@ def test_one_axis_is_textbook_grpo(world):
         got = combined(one, torch.ones(1), combine=combine, floor=1e-6)[1][0].double()
         assert torch.allclose(got, (r - r.mean()) / r.std(correction=0), atol=1e-5)
 
-@pytest.mark.parametrize("combine", mogrpo.COMBINE)
+@pytest.mark.parametrize("combine", ("sum", "gdpo", "lagrangian"))
 def test_no_signal_gives_exactly_zero(combine, world):
     same = torch.full((1, 8, 4), 0.7310585786)
     assert (combined(same, torch.tensor([0.1, 0.7, 1.3, 2.9]), combine=combine)[1] == 0).all()
@@ -1043,8 +1032,7 @@ def test_any_number_of_processes_and_nodes_gives_the_same_run(toy, monkeypatch):
                      "--backbone=tiny/True", "--batch_size=15", "--lr=1e-3", f"--out_dir=out/rm{n}"]),
                 (0, ["--score=tiny/h.jsonl", "--reward_model=out/rm1", f"--out=out/scored{n}"])]
     base = ["--policy=tiny/True", "--reward_model=tiny/rm", "--prompts=tiny/prompts.jsonl", "--lr=3e-3", *common, "--steps=2"]
-    variants += [(c, [*base, f"--combine={c}"]) for c in ("gdpo", "gd2po", "saturate")]
-    variants += [("lagrangian", [*base, "--combine=lagrangian", "--floors=good=0.9"]), ("steer", [*base, "--steer"]),
+    variants += [("gdpo", [*base, "--combine=gdpo"]), ("lagrangian", [*base, "--combine=lagrangian", "--floors=good=0.9"]), ("steer", [*base, "--steer"]),
                  ("ppo", [*base, "--algo=ppo", "--critic_lr=1e-3", "--epochs=2"]), ("dpo", [*base, "--algo=dpo", "--epochs=2"])]
     for name, processes, nodes, extra in (("1", 1, 1, []), ("2", 2, 1, [(1, cut)]), ("4", 4, 1, []), ("2x2", 2, 2, [])):
         torchrun(processes, nodes, [*reward(name), (0, [*common, f"--out_dir=out/n{name}-toy"]), *extra,
