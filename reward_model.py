@@ -45,6 +45,7 @@ class Config:  # every default is our own choice
     epochs: int = 2               # passes over the ratings; of them the one with the best held-out table is kept
     batch_size: int = 32          # rows of one optimizer step, over all processes
     lr: float = 2e-5              # peak; warms up over a tenth of the steps, then falls linearly to 0
+    head_lr: float = 10.0         # the fresh heads learn at this times lr: they start from noise, the trunk does not
     max_tokens: int = 1024        # a longer text loses its beginning: the response is always seen whole
     dtype: str = "auto"           # float32 | bfloat16 | float64 compute; auto: bfloat16 on GPU. Weights stay float32
     save_interval: int = 500      # checkpoint every so many steps (and after every epoch)
@@ -60,14 +61,14 @@ class Config:  # every default is our own choice
     def __post_init__(self):
         lo, _, hi = self.scale.partition(",")
         require(is_number(lo) and is_number(hi) and float(lo) < float(hi), f"--scale={self.scale}: expected lowest,highest as in 0,4")
-        for name in ("epochs", "batch_size", "lr", "max_tokens", "ensemble", "save_interval"):
+        for name in ("epochs", "batch_size", "lr", "head_lr", "max_tokens", "ensemble", "save_interval"):
             require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
         require(0 < self.heldout_frac < 1, f"--heldout_frac={self.heldout_frac}: must lie between 0 and 1")
         for name, known in (("dtype", DTYPES), ("loss", ("bce", "mse"))):
             require(getattr(self, name) in known, f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
         require(not self.label or self.judge, "--label needs a --judge")
 
-TOY = dict(out_dir="out/toy/reward_model", epochs=6, batch_size=64, lr=3e-3, max_tokens=128)  # defaults while --ratings=toy
+TOY = dict(out_dir="out/toy/reward_model", epochs=6, batch_size=64, lr=3e-3, head_lr=1.0, max_tokens=128)  # defaults while --ratings=toy
 DTYPES = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16, float64=torch.float64)
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -458,7 +459,9 @@ def train(cfg, rank, world, device, dtype):
     ids, weights_NMK = model.encode(rows), label_weights(labels, cfg.ensemble, cfg.seed)
     lengths, batch = torch.tensor([len(x) for x in ids]), min(cfg.batch_size, len(rows))
     steps = cfg.epochs * (per_epoch := len(rows) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)  # on the shards: 1/N of the moments
+    is_head = lambda name: name.startswith(("model.score.", "model.classifier."))
+    parts = [dict(params=[p for n, p in model.named_parameters() if is_head(n) == head], times=cfg.head_lr if head else 1.0) for head in (False, True)]
+    optimizer = torch.optim.AdamW(parts, weight_decay=0.01)  # on the shards: 1/N of the moments
     state = dict(updates=0, best=-math.inf, table={})
     if found := find_checkpoint(f"{cfg.out_dir}/checkpoint") if cfg.resume else None:
         state = load_checkpoint(found, model, optimizer)
@@ -480,7 +483,8 @@ def train(cfg, rank, world, device, dtype):
         error_BMK = nn.functional.binary_cross_entropy_with_logits(logits_BMK, target_BMK, reduction="none") if cfg.loss == "bce" \
             else (logits_BMK.sigmoid() - target_BMK)**2
         ((error_BMK * weights_NMK[mine].to(device)).sum() * share).backward()
-        optimizer.param_groups[0]["lr"] = cfg.lr * min(1, 10 * (step + 1) / steps, (steps - step) / steps)
+        for part in optimizer.param_groups:
+            part["lr"] = part["times"] * cfg.lr * min(1, 10 * (step + 1) / steps, (steps - step) / steps)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a fresh head makes the first gradients large
         optimizer.step(), optimizer.zero_grad()
         state["updates"] = step + 1
