@@ -98,9 +98,12 @@ def draw(path, table, sweep):
     measures = [m for m in table if m != "tokens"]
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for i, m in enumerate(measures):
-        x = STEPS if sweep else [j + 0.6 * (i / len(measures) - 0.5) for j in range(len(table[m]))]
-        y, half = ([r[k] for r in table[m].values()] for k in ("mean", "ci"))
-        axes.errorbar(x, y, half, label=m, marker="o", linestyle="-" if sweep else "", capsize=2)
+        rows = list(table[m].values())
+        for j in range(0, len(rows), len(STEPS) if sweep else len(rows)):  # along a sweep every policy has a line of its own
+            part = rows[j:j + len(STEPS)] if sweep else rows
+            x = STEPS if sweep else [p + 0.6 * (i / len(measures) - 0.5) for p in range(len(rows))]
+            axes.errorbar(x, [r["mean"] for r in part], [r["ci"] for r in part], label=None if j else m, color=f"C{i}", marker="o",
+                          linestyle="-" if sweep else "", capsize=2)
     if sweep:
         axes.set_xlabel(f"stated weight of {sweep}")
     else:

@@ -1186,8 +1186,10 @@ def test_eval_sweeps_and_writes_without_a_reward_model(bench, capsys, monkeypatc
     refused(capsys, lambda: run_main(evaluation, *flags, "--reward_model=rm", "--sweep=tone", "--out_dir=x"), "--sweep=tone", "good, kind")
     dist.destroy_process_group()
     if importlib.util.find_spec("matplotlib"):  # an optional extra
-        run_main(evaluation, *flags, "--reward_model=rm", "--picture", "--out_dir=drawn")
-        assert os.path.getsize("drawn/eval.png") > 5000
+        two = ["--policies=one=policy,two=policy", *flags[1:], "--reward_model=rm", "--picture"]
+        for extra in ([], ["--sweep=good"]):
+            run_main(evaluation, *two, *extra, f"--out_dir=drawn{len(extra)}")
+            assert os.path.getsize(f"drawn{len(extra)}/eval.png") > 5000
     else:
         refused(capsys, lambda: run_main(evaluation, *flags, "--reward_model=rm", "--picture", "--out_dir=drawn"), "matplotlib")
 
