@@ -455,7 +455,7 @@ def train(cfg, rank, world, device, dtype):
     counts = ", ".join(f"{k} {n}" for k, n in zip(axes, (~labels.isnan()).sum(0).tolist()))
     say(f"reward model: {len(rows)} rated answers ({counts}), {len(held_rows)} held out")
     torch.manual_seed(cfg.seed)  # every process makes the same fresh head, and keeps its shard of it
-    model = shard(RewardModel(cfg.backbone, axes, cfg.ensemble, cfg.max_tokens), device, dtype)
+    model = shard(RewardModel(cfg.backbone, axes, cfg.ensemble, cfg.max_tokens), device, dtype).eval()  # no dropout: few passes, and it cost rank correlation
     ids, weights_NMK = model.encode(rows), label_weights(labels, cfg.ensemble, cfg.seed)
     lengths, batch = torch.tensor([len(x) for x in ids]), min(cfg.batch_size, len(rows))
     steps = cfg.epochs * (per_epoch := len(rows) // batch)
@@ -474,10 +474,9 @@ def train(cfg, rank, world, device, dtype):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == state["updates"]:
             order = epoch_batches(lengths, batch, cfg.seed * 1000 + epoch)
-        torch.manual_seed((cfg.seed * 10**6 + step) * world + rank)  # dropout, so that a resumed run draws the same
         mine = order[i][rank::world] or order[i][:1]                 # a process without a row takes part at weight 0
         share = world / batch * (rank < batch)                       # world: FSDP averages gradients over processes
-        logits_BMK = model.train()(**model.batch([ids[j] for j in mine], device)).float()
+        logits_BMK = model(**model.batch([ids[j] for j in mine], device)).float()
         target_BMK = labels[mine].nan_to_num().to(device)[:, None, :].expand_as(logits_BMK)
         # Cross-entropy's gradient does not vanish where the sigmoid is flat, so a confident mistake is still unlearned.
         error_BMK = nn.functional.binary_cross_entropy_with_logits(logits_BMK, target_BMK, reduction="none") if cfg.loss == "bce" \
@@ -490,7 +489,7 @@ def train(cfg, rank, world, device, dtype):
         state["updates"] = step + 1
         bar.update()
         if i + 1 == per_epoch:  # the end of an epoch: the best one so far is what out_dir holds
-            scores = score(model.eval(), held_rows, device).mean(1)  # all rows on every process: a sharded forward takes all of them
+            scores = score(model, held_rows, device).mean(1)  # all rows on every process: a sharded forward takes all of them
             table = heldout_table(scores, held_labels, held_rows, axes)
             found = ", ".join(f"{k} r2 {t['r2']:.3f} spearman {t['spearman']:.3f}" for k, t in table.items())
             say(f"epoch {epoch + 1} of {cfg.epochs}, held out: {found}")

@@ -690,7 +690,7 @@ def test_batches_of_one_length_are_a_permutation():
     assert padding < 0.1 and abs(torch.corrcoef(torch.stack([means, torch.arange(100.0)]))[0, 1]) < 0.3  # short and long take turns
 
 def test_training_resumes_exactly(tmp_path, monkeypatch):
-    """Stopped within the second of three epochs, with dropout: the same folder and table as without the stop."""
+    """Stopped within the second of three epochs: the same folder and table as without the stop."""
     common = [f"--ratings={ratings_file(tmp_path / 'r.jsonl', 200)}", f"--backbone={encoder_folder(tmp_path / 'b')}", "--epochs=3", "--lr=1e-3",
               "--save_interval=4", "--ensemble=2"]
     run_main(rm, *common, f"--out_dir={tmp_path}/whole")
