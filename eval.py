@@ -1,37 +1,51 @@
 """
-Policies side by side: every policy answers the same held-out prompts, the reward model scores the answers axis by axis.
+Policies side by side: each answers the same held-out prompts, and the answers are scored.
 
-    torchrun eval.py                                    # the toy world: out/toy/policy against out/mogrpo/policy
-    torchrun --nproc_per_node=8 eval.py --policies=base=Qwen/Qwen2.5-7B-Instruct,mogrpo=out/mogrpo/policy \\
-        --reward_model=out/rm --prompts=heldout.jsonl --out_dir=out/eval
-    torchrun eval.py --policies=steered=out/mogrpo/policy --reward_model=out/toy/reward_model --prompts=out/toy/heldout_prompts.jsonl \\
-        --max_new_tokens=48 --sweep=safety --picture    # a policy trained with --steer, along the weight of safety
+    torchrun eval.py                                # the toy world: before against after mogrpo.py
+    torchrun --nproc_per_node=8 eval.py --out_dir=out/eval --prompts=heldout.jsonl \\
+        --policies=base=Qwen/Qwen2.5-7B-Instruct,mogrpo=out/mogrpo/policy \\
+        --reward_model=out/rm --rules=rules.py
 
-The first policy is the one that the others are compared with. All draw the same random numbers for the same (prompt, sample),
-and differences are taken prompt by prompt, so their interval is far narrower than that of two separate means. The unit is the
-prompt: its samples are averaged first, since answers to one prompt are not independent. Written to --out_dir: eval.json (the
-table) and samples.jsonl (every answer with its scores; it is also the input format of `reward_model.py --score`). What it is
-not: a judge of truth. It measures what the reward model sees, and a policy trained against that model may have learned to
-please it; score with a second reward model, or read the samples. In the toy world alone the true scores stand beside it.
+The first policy is the baseline that the others are compared with. For a prompt q and one axis, x_q
+is the mean score of a policy's samples and b_q that of the baseline's. With P prompts:
+
+    mean = mean_q x_q          interval = 1.96 std_q x_q / sqrt(P)
+    gain = mean_q (x_q - b_q)  interval = 1.96 std_q (x_q - b_q) / sqrt(P)      paired by prompt
+    wins = share of prompts with x_q > b_q, a tie counting half
+
+The unit is the prompt, since answers to one prompt are not independent. All policies draw the same
+random numbers for the same (prompt, sample), and what a prompt adds to both cancels in the
+difference, so its interval is far narrower than that of two separate means.
+
+Written to --out_dir: eval.json (the table, over all prompts and for each "tag"), samples.jsonl
+(every answer with its scores, in the input format of `reward_model.py --score`) and, with
+--picture, eval.png. Without a reward model and rules it only samples.
+
+What it is not: a judge of truth. It measures what the reward model sees, and a policy trained
+against that model may have learned to please it. Score with a second reward model, give a --truth
+where there is one (the toy world has), or read the samples.
 """
-import json, math, os, sys
-from dataclasses import asdict, dataclass
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from mogrpo import Policy, load_prompts, rollout, stated, toy_world, true_scores
-from reward_model import DTYPES, RewardModel, collect, die, fresh_folder, join_world, parse, render, require, run, say, shard, write_text
+import mogrpo
+from mogrpo import Policy, collect, die, require, say, shard
 
 @dataclass
 class Config:
-    policies: str = "toy"         # name=folder,... the first is the baseline; toy: base=out/toy/policy,mogrpo=out/mogrpo/policy
-    reward_model: str = "toy"     # folder that scores the answers; empty: only write them; toy: out/toy/reward_model
-    prompts: str = "toy"          # held-out prompts, JSONL; an optional "tag" splits the table; toy: the held-out toy requests
-    out_dir: str = "out/eval"     # eval.json and samples.jsonl; an earlier folder there is renamed, not overwritten
-    sweep: str = ""               # an axis: state its weight as 0, 1/4, ... 1 of the whole to policies trained with --steer
+    policies: str = "toy"         # name=folder,name=folder,...; the first is the baseline
+    reward_model: str = ""        # DIR,DIR: folders whose axes score the answers
+    rules: str = ""               # FILE.py: scores(record, response) -> {axis: number}, more axes
+    truth: str = ""               # FILE.py of the same form: the true scores, where they are known
+    prompts: str = ""             # held-out prompts, JSONL; an optional "tag" splits the table
+    out_dir: str = "out/eval"     # an earlier folder there is renamed, not overwritten
     picture: bool = False         # draw the table, too: eval.png in --out_dir; wants matplotlib
-    samples: int = 4              # answers a prompt; more narrow the interval only as far as prompts agree
-    sample_rows: int = 256        # answers that a process decodes at once; bounds the key-value cache
+    samples: int = 4              # answers a prompt; more narrow the interval only a little
+    sample_rows: int = 256        # answers decoded at once; bounds the key-value cache
     max_prompt_tokens: int = 512  # longer prompts are skipped and counted
     max_new_tokens: int = 512     # answers are cut here
     temperature: float = 1.0      # of sampling; 0 takes the likeliest token every time
@@ -39,142 +53,211 @@ class Config:
     seed: int = 0                 # of the random numbers that all policies share
 
     def __post_init__(self):
+        # One clear line for each mistake, before any model is loaded
         for name in ("samples", "sample_rows", "max_prompt_tokens", "max_new_tokens"):
-            require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
+            value = getattr(self, name)
+            require(value > 0, f"--{name}={value}: must be greater than 0")
         require(self.temperature >= 0, f"--temperature={self.temperature}: must not be negative")
-        require(self.dtype in DTYPES, f"--dtype={self.dtype}: expected one of {', '.join(DTYPES)}")
-        names = [pair.partition("=")[0] for pair in self.policies.split(",")]
-        require(self.policies == "toy" or all(pair.partition("=")[2] for pair in self.policies.split(",")),
-                f"--policies={self.policies}: expected name=folder,name=folder")
-        require(len(set(names)) == len(names), f"--policies={self.policies}: two policies of one name")
-        require(self.policies == "toy" or "toy" not in (self.reward_model, self.prompts), "with --policies, give --reward_model and --prompts, too")
+        known = ", ".join(mogrpo.DTYPES)
+        require(self.dtype in mogrpo.DTYPES, f"--dtype={self.dtype}: expected one of {known}")
+        require(self.prompts, "--prompts: a file of held-out prompts is needed")
+        folders(self.policies)  # refuses what it cannot read
 
-TOY = dict(max_new_tokens=48)  # defaults while --policies=toy
-STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the swept axis; the others have the rest in equal parts
+# What holds while --policies=toy, unless it is typed
+TOY = dict(
+    policies="base=out/toy/policy,mogrpo=out/mogrpo/policy",
+    reward_model="out/toy/reward_model",
+    prompts="out/toy/heldout_prompts.jsonl",  # two nouns of each verb that training never saw
+    truth=mogrpo.TOY["truth"],                # the rule that knows the true scores
+    max_new_tokens=48,
+)
 
+def folders(policies):
+    """The flag --policies -> {name: folder}, in its order."""
+    paths = {}
+    for pair in policies.split(","):
+        name, _, folder = pair.partition("=")
+        require(name and folder, f"--policies={policies}: expected name=folder,name=folder")
+        require(name not in paths, f"--policies={policies}: two policies of the name {name}")
+        paths[name] = folder
+    return paths
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Statistics
+# --------------------------------------------------------------------------------------------------
+# 1. Statistics. P: prompts
 
 def mean_and_interval(x_P):
-    """Mean over P prompts and half its 95 % interval (normal approximation; nan below two prompts)."""
-    return x_P.mean().item(), 1.96 * x_P.std().item() / math.sqrt(len(x_P)) if len(x_P) > 1 else math.nan
+    """Mean over prompts and half its 95 % interval (normal; nan for a single prompt)."""
+    half = math.nan
+    if len(x_P) > 1:
+        half = 1.96 * x_P.std().item() / math.sqrt(len(x_P))
+    return x_P.mean().item(), half
 
-def compare(values_P, base_P):
-    """One axis of one policy against the baseline, both the prompts' means: mean, paired difference, win rate (a tie is half)."""
-    mean, half = mean_and_interval(values_P)
-    gain, gain_half = mean_and_interval(values_P - base_P)  # paired: what a prompt adds to both cancels
-    wins = ((values_P - base_P > 1e-6).double() + 0.5 * ((values_P - base_P).abs() <= 1e-6)).mean().item()
-    return dict(mean=mean, ci=half, gain=gain, gain_ci=gain_half, win=wins)
+def compare(x_P, base_P):
+    """One measure of a policy against the baseline's -> dict of mean, ci, gain, gain_ci, win."""
+    mean, half = mean_and_interval(x_P)
+    gain, gain_half = mean_and_interval(x_P - base_P)  # paired: what a prompt adds to both cancels
+    won_P = (x_P - base_P > 1e-6).double()
+    tied_P = ((x_P - base_P).abs() <= 1e-6).double()
+    win = (won_P + 0.5 * tied_P).mean().item()
+    return dict(mean=mean, ci=half, gain=gain, gain_ci=gain_half, win=win)
 
+# --------------------------------------------------------------------------------------------------
+# 2. Answers. B: answers of this process, K: axes, J: true axes, M: measures, K + J + 1
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Main
+def answers_of(policy, reward_models, rules, truth, cfg, rank, world):
+    """A policy's answers to the prompts that it can read -> {prompt index: list of answers}, each a
+    dict with M `values`. All processes call it, each answers its share, all get the whole."""
+    # Each policy has its own tokenizer and chat template, so the same prompt has its own ids
+    prompts = mogrpo.load_prompts(cfg.prompts, policy.tokenizer, cfg.max_prompt_tokens)
+    require(prompts, f"{cfg.prompts}: no prompt has at most {cfg.max_prompt_tokens} tokens")
+    own = prompts[rank::world]
+    # The random numbers are the same for every policy
+    rows = mogrpo.rollout(policy, own, (cfg.seed, "eval"), cfg.samples, cfg)
+    scores_BK = mogrpo.score_responses(rows, reward_models, rules)
+    true_BJ = mogrpo.score_responses(rows, [], truth)  # J is 0 where there is no truth
+    by_prompt = {prompt["index"]: [] for prompt in own}
+    for row, scores_K, true_J in zip(rows, scores_BK.tolist(), true_BJ.tolist()):
+        values_M = [*scores_K, *true_J, len(row["response"])]
+        prompt = row["prompt"]
+        by_prompt[prompt["index"]].append(dict(
+            messages=prompt["messages"],
+            tag=prompt["tag"],
+            response=row["text"],
+            values=values_M,
+        ))
+    return dict(collect(list(by_prompt.items())))
 
-def answer(policy, file, weights_K, reward_model, cfg, rank, world, device):
-    """All processes: the policy's answers to the prompts of `file` -> {index: dict}; `weights_K`: to state, or None."""
-    prompts = load_prompts(file, policy.tokenizer, cfg.max_prompt_tokens)  # by each policy's own tokenizer and chat template
-    require(prompts, f"{file}: no prompt is short enough for --max_prompt_tokens={cfg.max_prompt_tokens}")
-    mine = prompts[rank::world]  # each process its share
-    if weights_K is not None:
-        mine = [dict(p, ids=render(policy.tokenizer, stated(p["messages"], weights_K, reward_model.axes))) for p in mine]
-    groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.samples, cfg,
-                         device)
-    found = collect([{**{k: g[k] for k in ("index", "messages", "tag", "text", "ended")}, "scores": g["scores_GK"].tolist(),
-                      "tokens": [len(r) for r in g["responses"]]} for g in groups])
-    return {a["index"]: a for a in found}
+# --------------------------------------------------------------------------------------------------
+# 3. The table and the picture; a table is {measure: {policy: dict of `compare`}}
 
 def show(title, table):
-    """Print one line for each measure and policy; the first policy is the baseline."""
-    say(f"\n{title}\n{'':<20}{'policy':<17}{'mean':>8}{'95 %':>8}{'gain':>9}{'95 %':>8}{'wins':>7}")
+    """Print a line for each measure and policy."""
+    say(f"\n{title}")
+    say(f"{'':<20}{'policy':<17}{'mean':>8}{'95 %':>8}{'gain':>9}{'95 %':>8}{'wins':>7}")
     for measure, by_policy in table.items():
-        for i, (name, r) in enumerate(by_policy.items()):
-            line = f"{'' if i else measure:<20}{name[:16]:<17}{r['mean']:>8.3f}{'±' + format(r['ci'], '.3f'):>8}"
-            say(line + (f"{r['gain']:>+9.3f}{'±' + format(r['gain_ci'], '.3f'):>8}{r['win']:>7.0%}" if i else ""))
+        heading = measure  # stands once, before the baseline, which has no gain
+        for policy, r in by_policy.items():
+            interval = f"±{r['ci']:.3f}"
+            line = f"{heading:<20}{policy[:16]:<17}{r['mean']:>8.3f}{interval:>8}"
+            if not heading:
+                interval = f"±{r['gain_ci']:.3f}"
+                line += f"{r['gain']:>+9.3f}{interval:>8}{r['win']:>7.0%}"
+            say(line)
+            heading = ""
 
-def draw(path, table, sweep):
-    """The table as a picture: every measure's mean and 95 % interval, by policy or, along a sweep, by the stated weight."""
-    import matplotlib.pyplot as plt
-    measures = [m for m in table if m != "tokens"]
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for i, m in enumerate(measures):
-        rows = list(table[m].values())
-        for j in range(0, len(rows), len(STEPS) if sweep else len(rows)):  # along a sweep every policy has a line of its own
-            part = rows[j:j + len(STEPS)] if sweep else rows
-            x = STEPS if sweep else [p + 0.6 * (i / len(measures) - 0.5) for p in range(len(rows))]
-            axes.errorbar(x, [r["mean"] for r in part], [r["ci"] for r in part], label=None if j else m, color=f"C{i}", marker="o",
-                          linestyle="-" if sweep else "", capsize=2)
-    if sweep:
-        axes.set_xlabel(f"stated weight of {sweep}")
-    else:
-        axes.set_xticks(range(len(table[m])), list(table[m]))
-    axes.set_ylabel("mean score, 95 % interval"), axes.set_ylim(-0.02, 1.02), axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+def draw(path, table):
+    """The table as a picture: axis by axis, with the policies side by side, mean and 95 % interval.
+    An axis has one colour: a filled point is its learned score, a hollow one beside it the true."""
+    import matplotlib
+    matplotlib.use("Agg")  # to a file, without a screen
+    from matplotlib import pyplot
+    policies = list(table["tokens"])
+    names = [name.removeprefix("true ") for name in table if name != "tokens"]
+    axes = list(dict.fromkeys(names))  # each once, in order
+    figure, plot = pyplot.subplots(figsize=(2 + 0.6 * len(axes) * len(policies), 4.5))
+    ticks = []
+    for i, axis in enumerate(axes):
+        color = f"C{i % 10}"
+        first = i * (len(policies) + 1)  # one place stays free between axes
+        x = list(range(first, first + len(policies)))
+        ticks += x
+        for measure, shift, face in ((axis, 0.0, color), (f"true {axis}", 0.25, "white")):
+            rows = list(table.get(measure, {}).values())  # none where there is no truth
+            plot.errorbar(
+                [at + shift for at in x[: len(rows)]],
+                [r["mean"] for r in rows],
+                [r["ci"] for r in rows],
+                fmt="o",  # points without a line
+                color=color,
+                markerfacecolor=face,
+                capsize=2,
+            )
+        above = plot.get_xaxis_transform()  # x as the points, y as a share of the height
+        plot.text(first, 1.02, axis, color=color, transform=above)
+    plot.set_xticks(ticks, policies * len(axes), rotation=45, ha="right")
+    plot.set_ylabel("mean score, 95 % interval (hollow: true)")
+    plot.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
+# --------------------------------------------------------------------------------------------------
+# 4. Main
+
 def main(cfg):
+    """Answer, compare, print and write; every process calls it."""
     if cfg.picture:
         try:
-            import matplotlib
-            matplotlib.use("Agg")  # to a file, without a screen
+            import matplotlib  # asked now, not after the hours that the answers take
         except ImportError:
             die("--picture needs matplotlib: pip install matplotlib")
-    is_toy = cfg.prompts in ("toy", "out/toy/heldout_prompts.jsonl")  # where the truth is known
-    if is_toy:
-        toy_world()
-    place = lambda given, name: f"out/toy/{name}" if given == "toy" else given
-    policies = "base=out/toy/policy,mogrpo=out/mogrpo/policy" if cfg.policies == "toy" else cfg.policies
-    policies = dict(pair.split("=", 1) for pair in policies.split(","))
-    if cfg.policies == "toy":
-        require(os.path.isdir("out/mogrpo/policy"), "out/mogrpo/policy does not exist yet; run mogrpo.py first")
-    rank, world, device, dtype = join_world(cfg.dtype)
+    cfg = replace(cfg, temperature=max(1e-6, cfg.temperature))  # softmax at 1e-6 is the argmax
+    paths = folders(cfg.policies)
+    for path in paths.values():  # the toy's second one is what a run of mogrpo.py leaves
+        exists = path != "out/mogrpo/policy" or os.path.isdir(path)
+        require(exists, f"{path} does not exist yet; run mogrpo.py first")
 
-    # 1. Every policy answers every prompt; the answers are scored as they come
-    reward_model = None
-    if cfg.reward_model:
-        reward_model = shard(RewardModel(place(cfg.reward_model, "reward_model")).eval().requires_grad_(False), device, dtype)
-    axes, answers, file = reward_model.axes if reward_model else [], {}, place(cfg.prompts, "heldout_prompts.jsonl")
-    require(not cfg.sweep or cfg.sweep in axes and len(axes) > 1, f"--sweep={cfg.sweep}: the reward model's axes are {', '.join(axes)}")
-    for name, path in policies.items():
+    # 1. What scores: reward models, rules, the truth
+    rank, world, dtype = mogrpo.join_world(cfg.dtype)
+    _, record = next(mogrpo.read_jsonl(cfg.prompts))  # rules are tried on it
+    rules = mogrpo.load_rules(cfg.rules, record)
+    truth = mogrpo.load_rules(cfg.truth, record)
+    reward_models = []
+    for path in filter(None, cfg.reward_model.split(",")):
+        reward_model = mogrpo.load_reward_model(path).requires_grad_(False)
+        reward_models.append(shard(reward_model, dtype))
+    axes = mogrpo.axes_of(reward_models, rules)
+    true_axes = [f"true {axis}" for axis in mogrpo.axes_of([], truth)]
+    measures = [*axes, *true_axes, "tokens"]
+
+    # 2. Every policy answers every prompt; only one policy is in memory at a time
+    answers = {}
+    for name, path in paths.items():
         say(f"{name}: {path} answers and is scored")
-        policy = shard(Policy(path).requires_grad_(False), device, dtype)  # frozen: bfloat16 shards on GPU
-        for share in STEPS if cfg.sweep else (None,):  # a sweep makes five policies of one
-            weights_K = torch.tensor([share if k == cfg.sweep else (1 - share) / (len(axes) - 1) for k in axes]) if cfg.sweep else None
-            answers[name + f" {share}" * bool(cfg.sweep)] = answer(policy, file, weights_K, reward_model, cfg, rank, world, device)
+        policy = shard(Policy(path).requires_grad_(False), dtype)
+        answers[name] = answers_of(policy, reward_models, rules, truth, cfg, rank, world)
 
-    # 2. What is compared: each prompt's mean over its samples, on the prompts that all policies could read
-    common = sorted(set.intersection(*map(set, answers.values())))  # tokenizers differ, and so do limits
+    # 3. Compare on the prompts that all policies could read: tokenizers differ, and so do lengths
+    base = next(iter(answers))
+    common = [i for i in answers[base] if all(i in read for read in answers.values())]
     require(common, "no prompt is short enough for all policies")
-    measures = {name: {} for name in answers}
-    for name, of in answers.items():
-        rows = [of[i] for i in common]
-        for k, axis in enumerate(axes):
-            measures[name][axis] = [[s[k] for s in a["scores"]] for a in rows]
-        if is_toy:
-            truth = [[true_scores(a["messages"][-1]["content"], text) for text in a["text"]] for a in rows]
-            measures[name].update({f"true {k}": [[t[k] for t in ts] for ts in truth] for k in truth[0][0]})
-        measures[name]["tokens"] = [a["tokens"] for a in rows]
-        measures[name] = {m: torch.tensor(x_PS, dtype=torch.float64).mean(1) for m, x_PS in measures[name].items()}
-
-    # 3. The table, over all prompts and for each tag
-    base, result = next(iter(answers)), {}
-    tags = [answers[base][i]["tag"] for i in common]
-    for tag in ["all", *sorted({t for t in tags if t is not None}, key=str)]:
-        mine = torch.tensor([tag in ("all", t) for t in tags])  # a mask over the common prompts
-        result[str(tag)] = {m: {name: compare(measures[name][m][mine], measures[base][m][mine]) for name in answers}
-                            for m in measures[base]}
-        show(f"{tag}: {int(mine.sum())} prompts x {cfg.samples} samples; gain over {base}, paired by prompt", result[str(tag)])
+    means_PM = {}  # by policy: each prompt's mean over its samples
+    for name, by_prompt in answers.items():
+        means = []
+        for i in common:
+            values_SM = [answer["values"] for answer in by_prompt[i]]
+            means.append(torch.tensor(values_SM, dtype=torch.float64).mean(0))
+        means_PM[name] = torch.stack(means)
+    tags = [answers[base][i][0]["tag"] for i in common]
+    tables = {}
+    for tag in ["all", *sorted({str(t) for t in tags if t is not None})]:
+        mask_P = torch.tensor([tag in ("all", str(t)) for t in tags])  # the tag's prompts
+        table = {measure: {} for measure in measures}
+        for name, x_PM in means_PM.items():
+            for m, measure in enumerate(measures):
+                table[measure][name] = compare(x_PM[mask_P, m], means_PM[base][mask_P, m])
+        tables[tag] = table
+        count = f"{int(mask_P.sum())} prompts x {cfg.samples} samples"
+        show(f"{tag}: {count}; gain over {base}, paired by prompt", table)
     if rank == 0:
-        fresh_folder(cfg.out_dir)  # only now: a run that fails leaves nothing behind
-        clean = json.loads(json.dumps(result), parse_constant=lambda _: None)  # nan (a single prompt's interval) is not JSON
-        write_text(f"{cfg.out_dir}/eval.json", json.dumps({"policies": policies, "config": asdict(cfg), "table": clean}, indent=1))
-        write_text(f"{cfg.out_dir}/samples.jsonl", "".join(json.dumps(
-            dict(policy=name, messages=a["messages"], tag=a["tag"], response=text, tokens=n, scores=dict(zip(axes, s))),
-            ensure_ascii=False) + "\n" for name, of in answers.items() for a in of.values()
-            for text, n, s in zip(a["text"], a["tokens"], a["scores"])))
-        if cfg.picture:
-            draw(f"{cfg.out_dir}/eval.png", result["all"], cfg.sweep)
-    say(f"\nsaved in {cfg.out_dir}: eval.json, samples.jsonl{', eval.png' * cfg.picture}")
+        write(cfg, paths, tables, answers, axes)
+    say(f"\nsaved in {cfg.out_dir}: eval.json, samples.jsonl")
+
+def write(cfg, paths, tables, answers, axes):
+    """Everything into cfg.out_dir, made only now: a run that fails leaves nothing behind."""
+    mogrpo.fresh_folder(cfg.out_dir)
+    result = json.dumps(dict(policies=paths, config=asdict(cfg), table=tables))
+    clean = json.loads(result, parse_constant=lambda _: None)  # nan is not JSON
+    mogrpo.write_text(f"{cfg.out_dir}/eval.json", json.dumps(clean, indent=1))
+    lines = []
+    for name, by_prompt in answers.items():
+        for answer in sum(by_prompt.values(), []):  # of all prompts, in a row
+            values_M = answer.pop("values")
+            answer["tokens"] = values_M[-1]
+            answer["scores"] = dict(zip(axes, values_M))  # the axes are the first K measures
+            sample = dict(policy=name) | answer
+            lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
+    mogrpo.write_text(f"{cfg.out_dir}/samples.jsonl", "".join(lines))
+    if cfg.picture:
+        draw(f"{cfg.out_dir}/eval.png", tables["all"])
 
 if __name__ == "__main__":
-    run(main, parse(Config, sys.argv[1:], __doc__, TOY))
+    mogrpo.launch(main, Config, __doc__, TOY)

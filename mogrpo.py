@@ -1,953 +1,1364 @@
-"""
+r"""
 Multi-objective GRPO: align a language model to several objectives at once, without a critic.
 
-For each prompt q the policy pi samples a group of G responses o_1..o_G; a reward model gives each K scores s_ik in [0, 1].
+For each prompt q the policy pi samples a group of G responses o_1..o_G. Reward models, rules of
+your own, or both give each response K scores s_ik. GRPO (group relative policy optimization)
+compares within the group only: what is better than its siblings becomes likelier.
 
-    R_i = sum_k w_k s_ik                                       one reward from K axes
-    A_i = (R_i - mean_G R) / max(std_G R, std_floor)           group-relative advantage: the group is its own baseline
-    rho = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)            per token; exactly 1 in the first inner epoch
-    d   = log pi_ref - log pi,   k3 = exp(d) - d - 1           KL to the reference, unbiased and never negative
-    J   = mean_t [ min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - beta k3 ]
-    pi <- AdamW step up J                                      then sample again
+    R_i   = sum_k w_k s_ik                                one reward from K axes
+    A_i   = (R_i - mean_G R) / max(std_G R, std_floor)    advantage: the group is its own baseline
+    rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)     per token; pi_old: before this update
+    c     = min(pi_old / pi_sampler, 2)                   one policy, two roundings: corrected
+    d     = log pi_ref - log pi,  k3 = exp(d) - d - 1     KL to the reference, never negative
+    gain  = min(rho A_i c, clip(rho, 1 - clip_low, 1 + clip_high) A_i c)
+    loss  = - sum over all tokens of share (gain - beta k3)      share: see `token_shares`
+    pi   <- AdamW step down the loss                      then sample again
 
-Source: arXiv 2503.21819 (the system), 2402.03300 (GRPO). Departures: the paper does not publish its hyperparameters, so all
-defaults are our own choice; the standard deviation is floored, since a learned reward is noise below some spread; the sampler's
-rounding error is corrected by a truncated importance weight (Yao et al. 2025, "Your efficient RL framework secretly brings you
-off-policy RL training"). Left out: a separate inference engine, several minibatches a rollout, tools and multi-turn rollouts.
+Sources: arXiv 2402.03300 (GRPO), 2503.21819 (several objectives at once; its hyperparameters are
+not public, so every default is our own choice).
 
-    torchrun mogrpo.py                                  # laptop: builds a toy world, aligns a toy policy, a minute
-    torchrun mogrpo.py --policy=Qwen/Qwen2.5-0.5B-Instruct --reward_model=out/rm --prompts=prompts.jsonl       # one GPU
-    torchrun --nproc_per_node=8 mogrpo.py --policy=Qwen/Qwen2.5-14B-Instruct --reward_model=out/rm --prompts=prompts.jsonl
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 mogrpo.py ...        # on both nodes
-    python mogrpo.py --policy=Qwen/Qwen2.5-14B-Instruct --dry_run=8      # what it would take of each of 8 GPUs, without one
-    torchrun mogrpo.py --resume                         # goes on where the last run stopped, on any number of processes
+Departures: the std (of the group, not of a sample) is floored, and a group that differs on no axis
+gets exactly 0, since below some spread a learned score is noise; rho may rise further than it may
+fall (DAPO); c makes up for a sampler that runs token by token with a cache and so rounds otherwise
+than the trainer (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+training"). All probabilities are those at --temperature.
 
-Reading order: reward_model.py, then here Config, policy, sampling, advantages, objective, memory plan, toy world, the loop.
-Other ways of combining axes (--combine), PPO and DPO on the same samples (--algo), stated weights (--steer): marked where they differ.
+Worth knowing: with --epochs=1 rho is exactly 1, so nothing is ever clipped and this is a policy
+gradient with the group as its baseline. Under `sum` only the ratios of weights matter, as long as
+no std is below the floor. k3 is an unbiased value of KL(pi || pi_ref) under samples of pi, but its
+gradient, taken through log pi, is that of KL(pi_ref || pi).
+
+Left out: a separate inference engine, several minibatches a rollout, tools, several turns.
+
+    torchrun mogrpo.py                                   # a toy world on a laptop, about a minute
+    torchrun mogrpo.py --policy=Qwen/Qwen2.5-0.5B-Instruct --reward_model=out/rm --prompts=p.jsonl
+    torchrun mogrpo.py --policy=DIR --rules=rules.py --prompts=p.jsonl     # your own Python scores
+    torchrun --nproc_per_node=8 mogrpo.py --policy=Qwen/Qwen2.5-14B-Instruct ...      # eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+        mogrpo.py ...                # the same on both nodes; out_dir must be a folder they share
+    torchrun mogrpo.py [the same flags] --resume         # goes on, on any number of processes
+
+Who calls whom: main -> setup, train -> grpo_step -> rollout -> sample -> pick            part 2
+                                                  -> score_responses                      2
+                                                  -> advantages                           1
+                                                  -> grpo_update -> micro_batches         4.5
+                                                                 -> response_logp         4.3
+                                                                 -> objective             1
+                                                                 -> optimizer_step        3
+
+Shapes stand in names, so rewards_PG is [P, G]; a 1 is a dimension kept for broadcasting.
+    P  prompts           G  responses to a prompt       K  axes of the reward     B  rows: P x G
+    R  rows not yet ended    L  longest prompt    T  new tokens    V  vocabulary    D  hidden size
+    S  longest prompt + response of a micro-batch
+    N  all response tokens of a micro-batch, laid end to end: its log-probs have no padding
+
+Parts: 1 the objective, 2 group sampling, 3 the loop, 4 machinery. On a first reading stop after 3.
 """
-import json, math, os, random, re, resource, shutil, signal, sys, time
+import argparse
+import gzip
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
-from hashlib import blake2b
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
 
-import torch, torch.distributed as dist, torch.nn as nn
-from reward_model import TOY as REWARD_TOY, Config as RewardConfig
-from reward_model import (DTYPES, RewardModel, blocks, collect, conversation, die, find_checkpoint, fresh_folder, is_held_out,
-                          is_number, join_world, load, load_checkpoint, parse, progress, read_jsonl, render, require, run, save_checkpoint,
-                          save_folder, say, score, shard, train, write_text)
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import transformers
+from huggingface_hub import snapshot_download  # comes with transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.fsdp import FSDPModule
-from torch.utils.benchmark import Timer
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification, DynamicCache, DynamicLayer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, DynamicCache, GenerationConfig
 
 @dataclass
 class Config:
     # models and data
-    policy: str = "toy"           # causal LM to align: folder or hub id; toy = the toy world in out/toy, built if absent
-    reward_model: str = "toy"     # folder from reward_model.py, or any whose id2label names axes scored by a sigmoid
-    prompts: str = "toy"          # JSONL with "prompt" or "messages"
-    heldout_prompts: str = ""     # JSONL for the before/after evaluation; empty: up to 64 of --prompts are kept back
+    policy: str = "toy"           # causal LM, folder or hub id; toy: out/toy, with TOY's defaults
+    reward_model: str = ""        # folders, comma-separated: their id2label names the axes
+    rules: str = ""               # FILE.py with scores(line of the prompts, response) -> {axis: x}
+    truth: str = ""               # another such file, logged at evaluations and never trained on
+    prompts: str = ""             # JSONL with "prompt" or "messages"
+    heldout_prompts: str = ""     # JSONL for evaluations; empty: some 64 prompts are kept back
     out_dir: str = "out/mogrpo"   # results; an earlier run there is renamed, never overwritten
     # objective
-    weights: str = ""             # axis=weight,...; an axis not named weighs 1
-    combine: str = "sum"          # how K scores become one advantage: sum (the paper) | gdpo | lagrangian; see `advantages`
+    weights: str = ""             # axis=weight,... of the reward; an axis not named weighs 1
+    combine: str = "sum"          # K scores to one advantage: sum (the paper) | gdpo | lagrangian
     floors: str = ""              # lagrangian: axis=least mean score,... as in safety=0.9
-    dual_lr: float = 0.5          # lagrangian: step of the log multiplier for a shortfall of 1
-    algo: str = "grpo"            # grpo | ppo: a critic instead of the group | dpo: best against worst of each group
-    critic_lr: float = 1e-5       # ppo: of the critic, a second model of the policy's size; warms up and decays like lr
-    gae_lambda: float = 0.95      # ppo: how far ahead an advantage looks past the critic's own guess; 1: to the end
-    steer: bool = False           # draw weights for each prompt and state them in its system message: one policy for all weightings
-    pessimism: float = 0.0        # score = mean - pessimism x std over the heads of an ensemble: where they disagree, expect less
+    dual_lr: float = 0.5          # lagrangian: log lambda += dual_lr x (floor - mean score)
     beta: float = 0.04            # weight of the KL to the reference; 0: no reference is loaded
-    clip_low: float = 0.2         # how far the ratio may fall before the gradient stops (matters from --epochs=2 on)
-    clip_high: float = 0.28       # how far it may rise; more than clip_low keeps rare tokens alive (DAPO, 2503.14476)
-    loss_norm: str = "sequence"   # sequence: every response weighs the same | token: every token | constant: Dr. GRPO
-    std_floor: float = 0.01       # least std of a group's reward: below it scores differ by the reward head's noise
+    clip_low: float = 0.2         # where A < 0 the gradient stops at rho = 1 - clip_low
+    clip_high: float = 0.28       # where A > 0 at 1 + clip_high; more keeps rare tokens (DAPO)
+    loss_norm: str = "sequence"   # which weigh the same: sequence | token | constant (Dr. GRPO)
+    std_floor: float = 0.01       # least std to divide by: a narrower group differs by noise only
     # sampling
-    group_size: int = 8           # G, responses a prompt: the baseline's sample size, so at least 2
-    prompts_per_step: int = 32    # prompts of one optimizer step, over all processes
+    group_size: int = 8           # G, responses a prompt: the baseline's sample size, at least 2
+    prompts_per_step: int = 32    # prompts of one step, over all processes
     max_prompt_tokens: int = 512  # longer prompts are skipped and counted
-    max_new_tokens: int = 512     # responses are cut here
-    sample_rows: int = 256        # responses that a process decodes at once; bounds the key-value cache
-    temperature: float = 1.0      # of sampling and of scoring alike; there is no top-k or top-p: they would bias rho
+    max_new_tokens: int = 512     # T: responses are cut here
+    sample_rows: int = 256        # responses a process decodes at once; bounds the key-value cache
+    temperature: float = 1.0      # of sampling and training alike; no top-k or top-p: see c above
     # optimization
-    steps: int = 500              # optimizer steps = rollouts (times --epochs)
-    lr: float = 1e-6              # peak; fits full fine-tuning of a few billion parameters
-    warmup: int = 10              # steps of linear warm-up; then a cosine down to a tenth of lr
-    epochs: int = 1               # optimizer steps on each rollout; above 1 the clipping starts to matter
+    steps: int = 500              # rollouts; optimizer steps are epochs times as many
+    lr: float = 1e-6              # peak; fits full training of a few billion parameters
+    warmup: int = 10              # steps of linear warm-up, times a cosine down to a tenth of lr
+    epochs: int = 1               # optimizer steps on each rollout; above 1 the clipping matters
     grad_clip: float = 1.0        # largest gradient norm
-    micro_tokens: int = 16384     # tokens of one forward and backward, padding included; bounds activation memory
-    recompute: bool = True        # keep the blocks' inputs only and run them again in the backward pass: 1/3 more work
-    lora_rank: int = 0            # train low-rank adapters of this rank instead of all weights; they want 5 to 20 times the lr
+    micro_tokens: int = 16384     # tokens of one forward and backward; bounds activation memory
+    recompute: bool = True        # keep blocks' inputs only, rerun them in backward: 1/3 more work
+    lora_rank: int = 0            # train adapters of this rank instead; they want 5 to 20 times lr
     lora_alpha: float = 32.0      # adapters are scaled by alpha / rank
-    dtype: str = "auto"           # bfloat16 | float32 compute; auto: bfloat16 on GPU. Master weights stay float32
-    hsdp: bool = True             # on several nodes shard inside a node and replicate across; False: over all, less memory
+    dtype: str = "auto"           # compute: bfloat16 | float32 | float64; auto: bfloat16 on GPU
+    hsdp: bool = True             # several nodes: shard inside one, replicate across; else over all
     # running
-    eval_interval: int = 0        # evaluate on held-out prompts every so many steps; first and last always
-    eval_samples: int = 4         # responses a held-out prompt
-    save_interval: int = 50       # checkpoint every so many steps (and at the end, and on SIGTERM or Ctrl-C); 0: never
+    eval_interval: int = 0        # evaluate every so many steps; before and after training always
+    eval_samples: int = 4         # responses to a held-out prompt
+    save_interval: int = 50       # checkpoint every so many steps, at the end, and after Ctrl-C
     resume: bool = False          # continue from out_dir/checkpoint
     seed: int = 0                 # order of prompts and every sampled token
-    dry_run: int = 0              # do not train: print the memory that this many GPUs would need each, from config.json alone
-    gpu_gb: float = 80.0          # memory of one of them in GiB
 
     def __post_init__(self):
-        for name in "prompts_per_step max_prompt_tokens max_new_tokens sample_rows temperature steps lr epochs grad_clip \
-                     micro_tokens eval_samples std_floor lora_alpha gpu_gb".split():
-            require(getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be greater than 0")
-        for name in "pessimism dual_lr critic_lr gae_lambda beta clip_low clip_high warmup eval_interval save_interval lora_rank dry_run".split():
-            require(getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative")
-        require(self.group_size >= 2, f"--group_size={self.group_size}: a group of one teaches nothing; take at least 2")
-        for name, known in (("combine", ("sum", "gdpo", "lagrangian")), ("algo", ("grpo", "ppo", "dpo")), ("loss_norm", ("sequence", "token", "constant")), ("dtype", DTYPES)):
-            require(getattr(self, name) in known, f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
-        for pair in filter(None, f"{self.weights},{self.floors}".split(",")):
-            require(is_number(pair.partition("=")[2]) and float(pair.partition("=")[2]) >= 0,
-                    f"--weights, --floors: {pair}: expected axis=number, at least 0")
-        require((self.combine == "lagrangian") == bool(self.floors), "--combine=lagrangian and --floors=axis=score go together")
-        require(self.algo == "grpo" or self.combine == "sum" and self.beta > 0, f"--algo={self.algo} wants --combine=sum and --beta above 0")
-        require(self.policy == "toy" or self.dry_run or "toy" not in (self.reward_model, self.prompts), "with --policy, give --reward_model and --prompts, too")
+        positive = ("prompts_per_step max_prompt_tokens max_new_tokens sample_rows temperature "
+                    "steps lr epochs grad_clip micro_tokens eval_samples std_floor lora_alpha")
+        for name, value in vars(self).items():
+            if not isinstance(value, str):
+                least = 1e-12 if name in positive.split() else 0
+                require(least <= value < math.inf, f"--{name}={value}: must not be negative, nor 0 "
+                        "where that is senseless")
+        require(self.group_size > 1, f"--group_size={self.group_size}: a group of one teaches "
+                "nothing; take at least 2")
+        one_of("combine", self.combine, ("sum", "gdpo", "lagrangian"))
+        one_of("loss_norm", self.loss_norm, ("sequence", "token", "constant"))
+        one_of("dtype", self.dtype, DTYPES)
+        axis_numbers("weights", self.weights)
+        axis_numbers("floors", self.floors)
+        require((self.combine == "lagrangian") == (self.floors != ""),
+                "--combine=lagrangian and --floors=axis=score go together")
 
-TOY = dict(prompts_per_step=16, max_new_tokens=48, steps=80, lr=8e-4, beta=0.08, critic_lr=3e-3, recompute=False)  # defaults while --policy=toy
+# --------------------------------------------------------------------------------------------------
+# 1. The objective
+
+def advantages(scores_PGK, weights_K, cfg, multipliers_K=None):
+    """Scores of a step's groups -> rewards_PG, advantages_PG, and parts_PGK: each axis's summand of
+    the advantage.
+
+    sum         2503.21819   A = (R - mean_G R) / std_G R: an axis counts as much as it spreads
+    gdpo        2601.05242   z = (s - mean_G s) / std_G s for each axis; A = sum_k w_k z_k,
+                             normalised over the step: a narrow axis counts like a wide one
+    lagrangian  2310.12773   A = (A of sum + sum_k lambda_k z_k) / (1 + sum_k lambda_k)
+
+    `weights_K` may be one weighting, or P1K: one for each prompt. `multipliers_K` are the lambdas.
+    Every std is floored: a learned score is noise below some spread, and dividing by a tiny std
+    would turn 0.50000 and 0.50001 into advantages of -1 and +1 (verl issue 6348)."""
+    rewards_PG = (weights_K * scores_PGK).sum(-1)            # R_i = sum_k w_k s_ik
+    mean_P1 = rewards_PG.mean(1, keepdim=True)               # the group stands in for a critic
+    std_P1 = rewards_PG.std(1, correction=0, keepdim=True).clamp(min=cfg.std_floor)
+    centred_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)
+    spread_P1K = scores_PGK.std(1, correction=0, keepdim=True)
+    z_PGK = centred_PGK / spread_P1K.clamp(min=cfg.std_floor)  # an axis by itself, as if K were 1
+
+    advantages_PG = (rewards_PG - mean_P1) / std_P1          # A_i of sum
+    parts_PGK = weights_K * centred_PGK / std_P1[..., None]  # the same, axis by axis
+
+    if cfg.combine == "gdpo":
+        combined_PG = (weights_K * z_PGK).sum(-1)  # its mean is 0: it is in every group
+        step_std = combined_PG.std(correction=0).clamp(min=cfg.std_floor)
+        advantages_PG = combined_PG / step_std
+        parts_PGK = weights_K * z_PGK / step_std
+    if cfg.combine == "lagrangian":
+        scale = 1 + multipliers_K.sum()  # keeps |A| about the same as a lambda grows
+        advantages_PG = (advantages_PG + (multipliers_K * z_PGK).sum(-1)) / scale
+        parts_PGK = (parts_PGK + multipliers_K * z_PGK) / scale
+
+    # The floor damps what is nearly equal; this silences what is equal on every axis, to exactly
+    # 0: a float32 score is rounded by 1e-7 of its size (one of a bfloat16 model by more).
+    rounding_K = 1e-6 * scores_PGK.abs().amax((0, 1)).clamp(min=1)
+    signal_P1 = (spread_P1K > rounding_K).any(-1)
+    return rewards_PG, advantages_PG * signal_P1, parts_PGK * signal_P1[..., None]
+
+def objective(logp_N, old_logp_N, ref_logp_N, advantage_N, token_share_N, cfg):
+    """Loss of N tokens; and for the log the KL and the share of clipped tokens. All three are sums
+    weighted by token_share_N, to be added over micro-batches and processes. `advantage_N` is A c,
+    which has no gradient."""
+    rho_N = (logp_N - old_logp_N).exp()  # exactly 1 in the first inner epoch, but with a gradient
+    clipped_rho_N = rho_N.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside
+    free_gain_N = rho_N * advantage_N
+    clipped_gain_N = clipped_rho_N * advantage_N
+    gain_N = torch.min(free_gain_N, clipped_gain_N)  # the worse: clipping only takes gain away
+
+    d_N = ref_logp_N - logp_N
+    k3_N = d_N.exp() - d_N - 1  # Schulman's: in mean over pi it is -d, the KL, but varies less
+
+    loss = -(token_share_N * (gain_N - cfg.beta * k3_N)).sum()
+    kl = (token_share_N * k3_N).sum().detach()
+    clip_frac = (token_share_N * (free_gain_N > clipped_gain_N)).sum()
+    return loss, kl, clip_frac
+
+def token_shares(lengths_B, counts, cfg):
+    """Share of each token of a response in the loss of the step -> shares_B, one for each response.
+    `counts`, of responses and tokens, are of the whole step, over all processes and micro-batches:
+    a mean taken inside each would weigh a token by how its neighbours happened to be packed."""
+    if cfg.loss_norm == "sequence":  # GRPO: mean over a response's tokens, then over responses
+        return 1 / (lengths_B * counts["responses"])
+    share = 1 / counts["tokens"]     # token (DAPO): mean over all tokens: long responses weigh more
+    if cfg.loss_norm == "constant":  # the length part of Dr. GRPO (2503.20783); its other part is
+        share = 1 / (cfg.max_new_tokens * counts["responses"])  # not to divide by the std
+    return torch.full_like(lengths_B, share, dtype=torch.float32)
+
+# --------------------------------------------------------------------------------------------------
+# 2. Group sampling
+
+def uniforms(keys, n):
+    """n uniform numbers for each response -> u_BT in [0, 1), float64, on the CPU. Row b is a
+    function of keys[b] = (seed, step, prompt, sample) alone: not of the number of processes, of
+    batching, or of which neighbours have ended; and resuming needs no state."""
+    rows = []
+    for key in keys:
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+        # On the CPU its stream is the same on every machine
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        rows.append(torch.rand(n, dtype=torch.float64, generator=generator))
+    return torch.stack(rows)
+
+def pick(logits_RV, u_R):
+    """Next tokens and their log-probs: the inverse CDF of softmax(logits) at u."""
+    logp_RV = logits_RV.log_softmax(-1)
+    cdf_RV = logp_RV.exp().cumsum(-1, dtype=torch.float64)  # float32 loses rare tokens of 150,000
+    target_R1 = (u_R * cdf_RV[:, -1])[:, None]
+    token_R = torch.searchsorted(cdf_RV, target_R1, right=True).squeeze(-1)
+    token_R = token_R.clamp(max=logits_RV.shape[-1] - 1)  # u x sum may round up to the sum
+    return token_R, logp_RV.gather(-1, token_R[:, None]).squeeze(-1)
+
+@torch.no_grad()
+def sample(policy, prompts, u_BT, temperature):
+    """G responses to each of P prompts (here: lists of token ids), in prompt order -> B token
+    lists, each up to and including its end token or cut at T; their log-probs under the sampler, B
+    tensors on the CPU. The policy is `gathered`, whole on this process: nothing is communicated
+    inside, so processes may stop at different lengths."""
+    B, T = u_BT.shape
+    G = B // len(prompts)
+    L = max(map(len, prompts))
+    u_BT = u_BT.to(DEVICE)
+    end_tokens = torch.tensor(policy.eos, device=DEVICE)
+    tokens_BT = torch.zeros(B, T, dtype=torch.long, device=DEVICE)
+    logp_BT = torch.zeros(B, T, dtype=torch.float64, device=DEVICE)
+
+    # 1. Prefill: each prompt once, padded on the left, so that all responses begin in one column.
+    ids_PL = torch.tensor([[0] * (L - len(p)) + p for p in prompts], device=DEVICE)
+    padding_P1 = torch.tensor([[L - len(p)] for p in prompts], device=DEVICE)
+    columns = torch.arange(L + T, device=DEVICE)  # a mask goes by column: id 0 may be a real token
+    positions_PL = (columns[:L] - padding_P1).clamp(min=0)  # a prompt's first token is at 0
+    cache = DynamicCache(config=policy.lm.config)  # by concatenation: a full copy for each token
+    # Called without targets, the policy gives the logits of the next token only
+    logits_PV = policy(ids_PL, temperature, attention_mask=columns[:L] >= padding_P1,
+                       position_ids=positions_PL, past_key_values=cache)
+
+    # 2. Hand the prompt's cache to the G rows of its group: G times less prefill than row by row.
+    cache.batch_repeat_interleave(G)
+    logits_RV = logits_PV.repeat_interleave(G, 0)
+    padding_R1 = padding_P1.repeat_interleave(G, 0)
+
+    # 3. Decode, a token a turn for every row at once.
+    rows_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
+    ended_R = torch.zeros(B, dtype=torch.bool, device=DEVICE)
+    length_B = torch.full((B,), T, device=DEVICE)
+    for t in range(T):
+        token_R, logp_R = pick(logits_RV, u_BT[rows_R, t])
+        tokens_BT[rows_R, t] = token_R
+        logp_BT[rows_R, t] = logp_R.double()
+        ends_now_R = torch.isin(token_R, end_tokens) & ~ended_R  # its first end token
+        length_B[rows_R] = torch.where(ends_now_R, t + 1, length_B[rows_R])
+        ended_R |= ends_now_R  # what such a row writes from now on is cut off below
+        if t + 1 == T:  # the last token needs no successor
+            break
+        keep = (~ended_R).nonzero().squeeze(-1)  # a CPU-GPU sync point; the library's mask is one
+        if len(keep) == 0:
+            break
+        if 2 * len(keep) <= len(rows_R):  # half or more have ended: go on without them
+            cache.batch_select_indices(keep)  # copies what is kept, at most log2(B) times
+            rows_R = rows_R[keep]
+            ended_R = ended_R[keep]
+            token_R = token_R[keep]
+            padding_R1 = padding_R1[keep]
+        logits_RV = policy(token_R[:, None], temperature, past_key_values=cache,
+                           attention_mask=columns[:L + t + 1] >= padding_R1,
+                           position_ids=L + t - padding_R1)
+    lengths = length_B.tolist()
+    responses = [tokens[:n] for tokens, n in zip(tokens_BT.tolist(), lengths)]
+    return responses, [logp_T[:n] for logp_T, n in zip(logp_BT.cpu(), lengths)]
+
+def rollout(policy, prompts, stream, group_size, cfg):
+    """Sample `group_size` responses to each of this process's prompts (`load_prompts`) -> B rows in
+    prompt order: dicts of prompt (that dict), response (token ids), text, sampler_logp (of each
+    token). `stream` begins the keys of the random numbers: (seed, step)."""
+    rows = []
+    prompts_at_once = max(1, cfg.sample_rows // group_size)
+    with gathered(policy):
+        for first in range(0, len(prompts), prompts_at_once):
+            batch = prompts[first:first + prompts_at_once]
+            keys = [(*stream, prompt["index"], g) for prompt in batch for g in range(group_size)]
+            responses, logps = sample(policy, [prompt["ids"] for prompt in batch],
+                                      uniforms(keys, cfg.max_new_tokens), cfg.temperature)
+            texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
+            for b, response in enumerate(responses):
+                rows.append(dict(prompt=batch[b // group_size], response=response, text=texts[b],
+                                 sampler_logp=logps[b]))
+    return rows
+
+def score_responses(rows, reward_models, rules):
+    """Where every reward comes from: the rows of `rollout` -> scores_BK. The axes are those of the
+    reward models, in the order given, then those of the rules."""
+    columns = [torch.zeros(len(rows), 0)]  # eval.py may have no rewards at all
+    for reward_model in reward_models:
+        conversations = [(row["prompt"]["messages"], row["text"]) for row in rows]
+        with gathered(reward_model):  # one whole model at a time: the policy is sharded again
+            columns.append(score(reward_model, conversations))
+    if rules is not None:
+        columns.append(rule_scores(rules, rows))
+    return torch.cat(columns, 1)
+
+# --------------------------------------------------------------------------------------------------
+# 3. The loop
+#
+# What is handed around: `run`, a namespace made by `setup`: cfg, rank, world (number of processes),
+# dtype, policy, reference (or None), reward_models, rules and truth (or None), axes (K names),
+# weights_K, prompts, heldout, optimizer, state; and update (grpo_update) and trained (what a
+# checkpoint holds), which a fork may set. A prompt is a dict: record (its line of the file),
+# messages, tag, ids, index. A row, one response, is a dict: prompt, response, text, sampler_logp.
+
+def grpo_step(run, step):
+    """One step of GRPO on every process: sample, score, compare, update -> the step's metrics."""
+    cfg = run.cfg
+    # 1. Sample a group of G responses to each of this process's prompts
+    start = time.perf_counter()
+    prompts = prompts_of_step(run, step)
+    rows = rollout(run.policy, prompts, (cfg.seed, step), cfg.group_size, cfg)
+
+    # 2. Score them on every axis
+    sampled = time.perf_counter()
+    scores_BK = score_responses(rows, run.reward_models, run.rules)
+    log_samples(run, step, rows, scores_BK, heldout=False)
+
+    # 3. Advantages. Every process computes those of all groups of the step, a few kB, and keeps
+    # its own: prompt i of the step is on process i % world
+    scored = time.perf_counter()
+    scores_PGK = scores_BK.unflatten(0, (len(prompts), cfg.group_size))
+    all_scores_PGK = torch.tensor(collect(scores_PGK.tolist()))
+    rewards_PG, advantages_PG, parts_PGK = advantages(
+        all_scores_PGK, run.weights_K, cfg, multipliers(run))
+    metrics = group_metrics(all_scores_PGK, rewards_PG, advantages_PG, parts_PGK, run.axes, cfg)
+    move_multipliers(run, metrics)  # for the next step
+
+    # 4. Update the policy: `grpo_update`, unless a fork has set its own
+    own = slice(run.rank, None, run.world)
+    metrics |= run.update(run, rows, rewards_PG[own].flatten(), advantages_PG[own].flatten(), step)
+
+    # 5. What it took
+    return metrics | {"sec/sample": sampled - start, "sec/score": scored - sampled,
+                      "sec/train": time.perf_counter() - scored}
+
+def grpo_update(run, rows, rewards_B, advantages_B, step):
+    """`epochs` optimizer steps on one rollout, each over all micro-batches of all processes ->
+    metrics. `rewards_B` is for forks: PPO wants the rewards themselves."""
+    cfg = run.cfg
+    # Batches have rows (prompt_ids, response_ids) and sampler_logp_N, advantage_N, token_share_N;
+    # counts are of responses, tokens and ended responses, over all processes
+    batches, counts = micro_batches(run, rows, advantages_B)
+    sums = defaultdict(float)
+    for epoch in range(cfg.epochs):
+        for batch in batches:
+            logp_N = response_logp(run.policy, batch.rows, cfg.temperature)
+            if epoch == 0:
+                # pi_old is the policy before this update: these very log-probs, held fixed, for no
+                # optimizer step comes before all batches are through. So there is no extra forward;
+                # rho is exp(0) = 1, and its gradient is that of log pi.
+                batch.old_logp_N = logp_N.detach()
+                batch.ref_logp_N = reference_logp(run, batch)
+                gap_N = batch.old_logp_N - batch.sampler_logp_N
+                c_N = gap_N.exp().clamp(max=2.0)  # pi_old / pi_sampler: one policy, two roundings
+                batch.advantage_N = batch.advantage_N * c_N
+                # 1 / tokens of the step; 0 in a repeat that only keeps processes in step
+                per_token_N = (batch.token_share_N > 0) / counts["tokens"]
+                sums["sampler_gap"] += (gap_N.abs() * per_token_N).sum()
+                sums["entropy"] -= (batch.old_logp_N * per_token_N).sum()  # an estimate
+            loss, kl, clip_frac = objective(logp_N, batch.old_logp_N, batch.ref_logp_N,
+                                            batch.advantage_N, batch.token_share_N, cfg)
+            # FSDP divides by world, but a share already counts the tokens of all processes
+            (loss * run.world).backward()
+            sums["loss"] += loss.detach() / cfg.epochs
+            sums["kl"] += kl / cfg.epochs
+            sums["clip_frac"] += clip_frac / cfg.epochs
+        grad_norm = optimizer_step(run, step)
+    return step_metrics(run, sums, counts, grad_norm)
+
+def optimizer_step(run, step):
+    """Clip, step with the learning rate of `step`, zero -> the gradient's norm. A gradient that is
+    not finite is skipped and counted; ten in a row stop the run."""
+    cfg = run.cfg
+    state = run.state
+    warmup = min(1, step / max(1, cfg.warmup))
+    cosine = 0.55 + 0.45 * math.cos(math.pi * step / cfg.steps)  # from 1 down to a tenth
+    grad_norm = 0.0
+    for group in run.optimizer.param_groups:  # one; a fork may have more
+        group["lr"] = group["peak_lr"] * warmup * cosine
+        norm = nn.utils.clip_grad_norm_(group["params"], cfg.grad_clip).full_tensor()
+        grad_norm += norm.item()  # a CPU-GPU sync point
+    if math.isfinite(grad_norm):  # it is not when the loss is not
+        run.optimizer.step()  # on this process's shards
+        state["updates"] += 1
+        state["skipped_in_a_row"] = 0
+    else:
+        state["skipped"] += 1
+        state["skipped_in_a_row"] += 1
+        say(f"warning: step {step}: the gradient is not finite; {state['skipped']} skipped so far")
+    run.optimizer.zero_grad()  # to None: no gradient memory while sampling
+    require(state["skipped_in_a_row"] < 10, "ten steps in a row had a gradient that is not finite: "
+            "stopped; try a smaller --lr")
+    return grad_norm
+
+def train(run, one_step):
+    """Call `one_step(run, step)` (here `grpo_step`; a fork hands over its own) until cfg.steps, and
+    log, evaluate, save, stop and resume around it."""
+    cfg = run.cfg
+    open_out_dir(run)  # a fresh folder, or the state of the run to resume
+    if run.state["step"] == 0:
+        evaluate(run, 0)
+    steps = range(run.state["step"] + 1, cfg.steps + 1)
+    for step in tqdm(steps, "aligning", disable=run.rank > 0 or None, leave=False):
+        metrics = one_step(run, step)
+        run.state["step"] = step
+        log_step(run, step, metrics)
+        is_last = step == cfg.steps
+        if is_last or cfg.eval_interval and step % cfg.eval_interval == 0:
+            evaluate(run, step)
+        # A signal to stop may have reached one process only, so all agree
+        signals = sum(collect([len(run.signals)]))
+        if is_last or signals or cfg.save_interval and step % cfg.save_interval == 0:
+            save_run(run)
+        if signals and not is_last:
+            say(f"stopped after step {step}, saved in {cfg.out_dir}; --resume goes on from there")
+            return
+    save_folder(run.policy.lm, run.policy.tokenizer, f"{cfg.out_dir}/policy",
+                run.policy.lm.saved_dtype)  # as precise as the weights it began with
+    if cfg.lora_rank > 0:
+        save_adapter(run.policy, f"{cfg.out_dir}/adapter", cfg)
+    say(f"saved in {cfg.out_dir}: policy/ (a Hugging Face folder), metrics.jsonl, samples.jsonl, "
+        "checkpoint/ (for --resume)")
+
+def answer_heldout(run):
+    """This process's held-out prompts answered and scored -> rows, scores_BM, the names of the M
+    scores. The random numbers are the same every time, so that steps compare."""
+    cfg = run.cfg
+    prompts = run.heldout[run.rank::run.world]
+    rows = rollout(run.policy, prompts, (cfg.seed, "eval"), cfg.eval_samples, cfg)
+    learned_BK = score_responses(rows, run.reward_models, run.rules)
+    true_BJ = score_responses(rows, [], run.truth)  # J is 0 without --truth
+    names = [f"eval/{axis}" for axis in run.axes]
+    names += [f"true/{axis}" for axis in axes_of([], run.truth)]
+    return rows, torch.cat([learned_BK, true_BJ], 1), names
+
+def evaluate(run, step):
+    """Mean scores of the held-out prompts' answers, into metrics.jsonl and on the terminal."""
+    if not run.heldout:
+        return
+    rows, scores_BM, names = answer_heldout(run)
+    log_samples(run, step, rows, scores_BM, heldout=True)
+    sums = total(dict(zip(names, scores_BM.double().sum(0))))
+    means = {k: x / len(run.heldout) / run.cfg.eval_samples for k, x in sums.items()}
+    write_row(run, "metrics.jsonl", dict(step=step) | means)
+
+    before = run.state.setdefault("before", means)
+    say(f"\n{f'held out, step {step}':<26}{'before':>8}{'now':>8}")
+    for name, mean in means.items():
+        say(f"  {name:<24}{before[name]:>8.3f}{mean:>8.3f}")
+    for row in rows[::max(1, len(rows) // 3)][:3]:
+        say(f"  > {row['prompt']['messages'][-1]['content']}\n    {row['text']}")
+
+def main(cfg):
+    train(setup(cfg), grpo_step)
+
+# --------------------------------------------------------------------------------------------------
+# 4. Machinery, for when you need it. 4.1 What a run is made of
+
+def setup(cfg):
+    """Models, rewards, prompts and optimizer of a run -> a namespace, to which a fork may add.
+    Nothing is written here: a run refused for its input leaves no trace."""
+    require(cfg.prompts and (cfg.reward_model or cfg.rules),
+            "give --prompts=FILE.jsonl, and --reward_model=DIR or --rules=FILE.py or both")
+    run = SimpleNamespace(cfg=cfg, signals=[])  # signals: noted by a handler, heeded by `train`
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: run.signals.append(received))
+    run.rank, run.world, run.dtype = join_world(cfg.dtype)
+
+    # The policy in training, and its frozen start as reference. With LoRA the reference is the
+    # policy without its adapter: no memory of its own. With beta = 0 there is none.
+    torch.manual_seed(cfg.seed)  # LoRA's A starts the same on every process
+    run.policy = shard(Policy(cfg.policy, cfg.lora_rank, cfg.lora_alpha), run.dtype,
+                       cfg.recompute, cfg.hsdp)
+    run.reference = None
+    if cfg.beta > 0 and cfg.lora_rank == 0:
+        run.reference = shard(Policy(cfg.policy).requires_grad_(False), run.dtype, hsdp=cfg.hsdp)
+    check_support(run.policy)  # a second, before hours
+
+    run.prompts, run.heldout = split_prompts(cfg, run.policy.tokenizer)
+    require(len(run.prompts) >= cfg.prompts_per_step >= run.world, f"{cfg.prompts}: there must be "
+            f"at least as many prompts to train on ({len(run.prompts)} prompts here) as "
+            f"--prompts_per_step={cfg.prompts_per_step}, and these as processes ({run.world})")
+    first_record = run.prompts[0]["record"]
+    run.reward_models = []  # frozen, and sharded like the policy
+    for path in filter(None, cfg.reward_model.split(",")):
+        reward_model = load_reward_model(path).requires_grad_(False)
+        run.reward_models.append(shard(reward_model, run.dtype, hsdp=cfg.hsdp))
+    run.rules = load_rules(cfg.rules, first_record)
+    run.truth = load_rules(cfg.truth, first_record)
+    run.axes = axes_of(run.reward_models, run.rules)  # K names: the columns of all scores
+    weight_of = axis_numbers("weights", cfg.weights)
+    run.floor_of = axis_numbers("floors", cfg.floors)
+    for axis in weight_of | run.floor_of:  # only now are the axes known
+        require(axis in run.axes, f"--weights, --floors: there is no axis {axis}; there are "
+                f"{', '.join(run.axes)}")
+    run.weights_K = torch.tensor([weight_of.get(axis, 1.0) for axis in run.axes])
+    require(run.weights_K.sum() > 0, f"--weights={cfg.weights}: all axes weigh 0, or there is none")
+
+    # What training changes, and a checkpoint holds: weights, their moments, and `state`.
+    run.update = grpo_update  # a fork may set its own
+    run.trained = run.policy  # what a checkpoint holds; a fork may train more
+    trainable = [p for p in run.policy.parameters() if p.requires_grad]
+    run.optimizer = torch.optim.AdamW([dict(params=trainable, peak_lr=cfg.lr)], betas=(0.9, 0.95),
+                                      weight_decay=0.0)
+    run.state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, log_sizes={},
+                     log_lambda=dict.fromkeys(run.floor_of, 0.0))
+    return run
+
+def axes_of(reward_models, rules):
+    """The K names of the columns of `score_responses`."""
+    axes = [axis for reward_model in reward_models for axis in reward_model.axes]
+    if rules is not None:
+        axes += rules.axes
+    require(len(set(axes)) == len(axes), f"two rewards have an axis of the same name: {axes}")
+    return axes
+
+def load_prompts(path, tokenizer, max_tokens):
+    """Prompts file -> dicts of record (the whole line), messages, tag, ids, index; those of more
+    than `max_tokens` tokens are left out and counted."""
+    prompts = []  # all in memory, as token ids
+    for index, (where, record) in enumerate(read_jsonl(path)):
+        messages = conversation(where, record)
+        ids = render(tokenizer, messages)
+        if len(ids) <= max_tokens:
+            prompts.append(dict(record=record, messages=messages, tag=record.get("tag"),
+                                index=index, ids=ids))
+    skipped = index + 1 - len(prompts)
+    if skipped > 0:
+        say(f"warning: {skipped} prompts in {path} are longer than {max_tokens} tokens: skipped")
+    return prompts
+
+def split_prompts(cfg, tokenizer):
+    """Prompts to train on, and those held out, which never are."""
+    prompts = load_prompts(cfg.prompts, tokenizer, cfg.max_prompt_tokens)
+    if cfg.heldout_prompts:
+        return prompts, load_prompts(cfg.heldout_prompts, tokenizer, cfg.max_prompt_tokens)
+    fraction = min(0.05, 64 / max(1, len(prompts)))
+    sides = defaultdict(list)
+    for prompt in prompts:
+        sides[is_held_out(prompt["messages"], fraction, cfg.seed)].append(prompt)
+    return sides[False], sides[True]
+
+def is_held_out(messages, fraction, seed):
+    """Split by a hash of the prompt: its rows fall on one side, whatever the order of the file."""
+    digest = hashlib.sha256(repr((seed, messages)).encode()).hexdigest()
+    return int(digest[:16], 16) < fraction * 2**64
+
+def prompts_of_step(run, step):
+    """This process's prompts of a step. Each pass over the data has an order of its own, from the
+    seed and the number of the pass, so that there is no state to save."""
+    size = run.cfg.prompts_per_step
+    steps_a_pass = len(run.prompts) // size  # what is left over waits for another pass
+    finished_passes, turn = divmod(step - 1, steps_a_pass)
+    generator = torch.Generator().manual_seed(run.cfg.seed * 100003 + finished_passes)
+    order = torch.randperm(len(run.prompts), generator=generator)  # on the CPU: everywhere the same
+    numbers = order.split(size)[turn][run.rank::run.world]
+    return [run.prompts[i] for i in numbers]
+
+def axis_numbers(flag, text):
+    """The value of --weights or --floors, "safety=2,politeness=1" -> {axis: number}."""
+    numbers = {}
+    for pair in filter(None, text.split(",")):
+        axis, _, number = pair.partition("=")
+        require(is_number(number) and float(number) >= 0, f"--{flag}: {pair}: expected axis=number")
+        numbers[axis] = float(number)
+    return numbers
+
+# --------------------------------------------------------------------------------------------------
+# 4.2 Rewards
+
+def load_reward_model(path, max_tokens=10**9, **head):
+    """The library's sequence classifier: a backbone with one linear layer of K outputs, whose
+    sigmoids are the scores. The folder loads anywhere and gives the same scores there. `head`:
+    num_labels, id2label, label2id of a fresh head; none: `path` has a named one. It gets two
+    attributes: tokenizer, and axes, the K names."""
+    model, tokenizer = load(AutoModelForSequenceClassification, path, **head)
+    config = model.config
+    # The library finds a row's last token, where the head reads, by it
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # Too long a text loses its beginning: the response stands last
+    longest = getattr(config, "max_position_embeddings", max_tokens)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, longest)
+    tokenizer.truncation_side = "left"
+    tokenizer.padding_side = "right"
+    model.tokenizer = tokenizer
+    model.axes = [config.id2label[k] for k in range(config.num_labels)]
+    require("LABEL_0" not in model.axes, f"{path}: its id2label does not name the axes")
+    return model.eval()  # no dropout: noise in a score, and in training it cost rank correlation
+
+def logits_of(reward_model, ids):
+    """Lists of token ids -> logits_NK; padded on the right."""
+    batch = reward_model.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(DEVICE)
+    return reward_model(**batch).logits.float()
+
+@torch.no_grad()
+def score(reward_model, texts):
+    """scores_NK in [0, 1] (float32, CPU) of N (messages, response) pairs, by a whole or `gathered`
+    model."""
+    ids = [render(reward_model.tokenizer, *text, truncation=True) for text in texts]
+    scores_NK = torch.zeros(len(texts), len(reward_model.axes))
+    for numbers in by_length(list(map(len, ids))):
+        logits = logits_of(reward_model, [ids[n] for n in numbers])
+        scores_NK[numbers] = logits.sigmoid().cpu()
+    return scores_NK
+
+def by_length(lengths, budget=16384):
+    """Row numbers in batches of at most `budget` tokens and about one length: little is padding.
+    Longest first: what does not fit in memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        n = max(1, budget // max(1, lengths[order[0]]))  # rows as long as the longest that is left
+        yield order[:n]
+        order = order[n:]
+
+def load_rules(path, record):
+    """A Python file with `scores(record, response) -> {axis: number}` -> a namespace of its path,
+    scores and axes (None for no path). The function is tried on `record` and an empty response:
+    what fails fails now, and its axes are known."""
+    if not path:
+        return None
+    try:
+        function = runpy.run_path(path)["scores"]
+        axes = list(function(record, ""))  # in the order of its dict
+    except Exception as e:  # a program of the user's
+        die(f"{path}: scores(record, response) failed on an empty response: {e!r}")
+    return SimpleNamespace(path=path, scores=function, axes=axes)
+
+def rule_scores(rules, rows):
+    """The rules' scores of the rows of `rollout`, given each prompt's whole line -> scores_BK."""
+    scores_BK = torch.zeros(len(rows), len(rules.axes))
+    for b, row in enumerate(rows):
+        try:
+            scores = rules.scores(row["prompt"]["record"], row["text"])
+            assert scores.keys() == set(rules.axes), f"its axes are no longer {rules.axes}"
+            scores_BK[b] = torch.tensor([float(scores[axis]) for axis in rules.axes])
+            assert scores_BK[b].isfinite().all(), f"{scores} are not all finite"
+        except Exception as e:
+            die(f"{rules.path}: scores() failed: {e!r}")
+    return scores_BK
+
+def multipliers(run):
+    """The lambda of each axis -> K numbers; exp(-inf) = 0 for an axis without a floor."""
+    log_lambda = run.state["log_lambda"]
+    return torch.tensor([log_lambda.get(axis, -math.inf) for axis in run.axes]).exp()
+
+def move_multipliers(run, metrics):
+    """Dual ascent (2310.12773): a multiplier grows while its axis is below its floor."""
+    log_lambda = run.state["log_lambda"]
+    for axis, floor in run.floor_of.items():
+        moved = log_lambda[axis] + run.cfg.dual_lr * (floor - metrics[f"score/{axis}"])
+        log_lambda[axis] = max(-5.0, min(5.0, moved))  # lambda from 0.007 to 148
+        metrics[f"lambda/{axis}"] = math.exp(log_lambda[axis])
+
+def group_metrics(scores_PGK, rewards_PG, advantages_PG, parts_PGK, axes, cfg):
+    """What the rewards saw and what moves the policy in a step -> name: mean over all groups.
+    std, zero_std: spread within a group, and the share of groups an axis leaves without a signal.
+    conflict: share of responses above their group's mean on one axis and below it on another.
+    share: of the variance of the advantages, what an axis brings; they sum to 1, and an axis
+    against which the policy is pushed has a negative one."""
+    std_PK = scores_PGK.std(1, correction=0)  # over the group
+    centred_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)
+    above_PG = (centred_PGK > cfg.std_floor).any(-1)
+    below_PG = (centred_PGK < -cfg.std_floor).any(-1)
+    variance = advantages_PG.square().mean().clamp(min=1e-12)  # their mean is 0
+    columns = dict(reward=rewards_PG, reward_std=rewards_PG.std(1, correction=0),
+                   conflict=above_PG & below_PG)  # every metric is the mean of its column
+    for k, axis in enumerate(axes):
+        columns[f"score/{axis}"] = scores_PGK[..., k]
+        columns[f"std/{axis}"] = std_PK[:, k]
+        columns[f"zero_std/{axis}"] = std_PK[:, k] < cfg.std_floor
+        columns[f"share/{axis}"] = parts_PGK[..., k] * advantages_PG / variance
+    return {name: column.double().mean().item() for name, column in columns.items()}
+
+# --------------------------------------------------------------------------------------------------
+# 4.3 The policy: log-probs, LoRA
+
 CHUNK_LOGITS = 2**26  # logits that exist at a time when responses are scored: 256 MB in float32
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The policy
-
 class Policy(nn.Module):
-    """A causal language model with two ways through one forward, so that FSDP's hooks gather its weights for both."""
+    """A causal LM with two ways through one forward: FSDP gathers weights for that alone."""
     def __init__(self, path, lora_rank=0, lora_alpha=0.0):
         super().__init__()
         self.lm, self.tokenizer = load(AutoModelForCausalLM, path)
         self.lm.eval()  # dropout would make rho differ from 1
-        if self.lm.config._attn_implementation == "sdpa":
-            self.lm.set_attn_implementation("folded")
         if os.path.exists(f"{self.lm.folder}/generation_config.json"):
-            self.lm.generation_config = GenerationConfig.from_pretrained(self.lm.folder)  # may name several end tokens
+            self.lm.generation_config = GenerationConfig.from_pretrained(self.lm.folder)
         self.adapted = lora_rank > 0
-        add_lora(self, lora_rank, lora_alpha) if lora_rank else None
-        named = [self.tokenizer.eos_token_id, self.lm.generation_config.eos_token_id, getattr(self.lm.config, "eos_token_id", None)]
-        self.eos = sorted({e for eos in named for e in (eos if isinstance(eos, list) else [eos]) if e is not None})
-        require(self.eos, f"{path}: neither its tokenizer nor its config names an end-of-text token")
+        if self.adapted:  # read at every forward; off, the policy is its reference
+            add_lora(self, lora_rank, lora_alpha)
+        # Instruct models name several end tokens, in several places
+        eos = self.lm.generation_config.eos_token_id  # a number, a list or nothing
+        eos = eos if isinstance(eos, list) else [eos]
+        self.eos = sorted({*eos, self.tokenizer.eos_token_id} - {None})
+        require(self.eos, f"{path}: neither tokenizer nor config names an end-of-text token")
+
     def logits(self, hidden, temperature):
-        """hidden_ND -> float32 logits_NV / temperature."""
+        """hidden [..., D] -> logits [..., V] / temperature, in float32 or better."""
         logits = self.lm.get_output_embeddings()(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
-        return (torch.tanh(logits / cap) * cap if cap else logits) / temperature
-    def forward(self, input_ids, temperature, targets=None, positions=None, chunk=None, **cache):
-        """Decode: the next token's logits_BV. Score (with targets): logp_N of N target tokens, which the hidden states at the flat
-        indices `positions_N` into [B * T] predict. The N x V logits never exist: they are made `chunk` rows at a time, and again in
-        the backward pass. At V = 150,000 those of 16,384 positions would be 10 GB; the price is the head's matmul once more."""
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=bool(cache), **cache).last_hidden_state
-        if targets is None:
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        return logits / temperature
+
+    def forward(self, input_ids, temperature, targets_N=None, positions_N=None, **cache):
+        """Decode: logits_RV of the next token. Score, with targets: logp_N of N target tokens,
+        which the hidden states at the flat indices `positions_N` predict. The N x V logits never
+        exist: they are made a chunk at a time, and again in the backward pass. At V = 150,000 those
+        of 16,384 positions would be 10 GB; the price is the head's matmul once more."""
+        hidden = self.lm.base_model(input_ids=input_ids, use_cache=bool(cache),
+                                    **cache).last_hidden_state
+        if targets_N is None:
             return self.logits(hidden[:, -1], temperature)
-        def logp_of(h, t):
-            logits = self.logits(h, temperature)
-            return logits.gather(-1, t[:, None]).squeeze(-1) - logits.logsumexp(-1)
-        hidden = hidden.flatten(0, 1)[positions]
-        chunk = chunk or max(16, CHUNK_LOGITS // self.lm.config.get_text_config().vocab_size)
-        return torch.cat([checkpoint(logp_of, h, t, use_reentrant=False, preserve_rng_state=False)
-                          for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+
+        def chunk_logp(hidden_ND, targets_N):
+            logits_NV = self.logits(hidden_ND, temperature)
+            return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
+        hidden_ND = hidden.flatten(0, 1)[positions_N]  # of the tokens before the targets
+        chunk = CHUNK_LOGITS // self.lm.config.get_text_config().vocab_size  # positions
+        logps = []  # of each chunk
+        for h, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
+            logps.append(checkpoint(chunk_logp, h, targets, use_reentrant=False,
+                                    preserve_rng_state=False))
+        return torch.cat(logps)
+
+def layout(rows):
+    """(prompt_ids, response_ids) pairs -> input_ids_BS, positions_N, targets_N. Rows are padded on
+    the right: under causal attention what comes last is seen by nothing before it, so no mask is
+    needed and the flash kernel is used. The end token is a target like any other."""
+    # Any number pads: no target is after a row's end, and none before it looks there
+    tokens = [torch.tensor(prompt + response) for prompt, response in rows]
+    input_ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(DEVICE)
+    positions = []
+    for b, (prompt, response) in enumerate(rows):
+        # The last prompt token predicts the first of the response
+        first = b * input_ids.shape[1] + len(prompt) - 1
+        positions += range(first, first + len(response))
+    positions_N = torch.tensor(positions, device=DEVICE)
+    return input_ids, positions_N, input_ids.flatten()[positions_N + 1]
+
+def response_logp(policy, rows, temperature):
+    """Log-probs of all response tokens of (prompt_ids, response_ids) pairs -> logp_N."""
+    input_ids, positions_N, targets_N = layout(rows)
+    return policy(input_ids, temperature, targets_N, positions_N)
+
+def reference_logp(run, batch):
+    """log pi_ref of a micro-batch -> ref_logp_N. With beta = 0 it does not matter: pi_old's do."""
+    if run.cfg.beta == 0:
+        return batch.old_logp_N
+    run.policy.adapted = False  # without its adapter the policy is the reference, bit for bit
+    with torch.no_grad():
+        logp_N = response_logp(run.reference or run.policy, batch.rows, run.cfg.temperature)
+    run.policy.adapted = run.cfg.lora_rank > 0
+    return logp_N
 
 def add_lora(policy, rank, alpha):
-    """LoRA (2106.09685) on all linear layers of the blocks: W x becomes W x + (alpha / rank) B A x, of which A and B are trained.
-    W needs neither float32 copy, gradient nor moments, and with `policy.adapted = False` the same weights are the reference."""
-    policy.requires_grad_(False)  # frozen weights are sharded in bfloat16 and get no gradient (see `shard`)
+    """LoRA (2106.09685) on all linear layers of the blocks: W x becomes W x + (alpha / rank) B A x,
+    of which A and B are trained. W needs neither float32 copy, gradient nor moments."""
+    policy.requires_grad_(False)
     linears = [m for m in blocks(policy).modules() if isinstance(m, nn.Linear)]
-    require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear to adapt")
-    for m in linears:
-        m.lora_A = nn.Parameter(torch.empty(rank, m.in_features, device="meta"))  # drawn in `fill`
-        m.lora_B = nn.Parameter(torch.empty(m.out_features, rank, device="meta"))  # starts at 0
-        m.lora_scale = alpha / rank
-        m.forward = partial(lora_forward, policy, m)  # the weight keeps its name and place, so loading and saving need no renaming
+    require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear")
+    for linear in linears:
+        linear.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device="meta"))  # random
+        linear.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, device="meta"))  # 0
+        linear.lora_scale = alpha / rank
+        linear.register_forward_hook(partial(adapt, policy))  # W keeps its name and place
 
-def lora_forward(policy, m, x):
-    y = nn.functional.linear(x, m.weight, m.bias)
-    return y + nn.functional.linear(x @ m.lora_A.T, m.lora_B) * m.lora_scale if policy.adapted else y
+def adapt(policy, linear, inputs, y):
+    """After a linear layer: W x -> W x + (alpha / rank) B A x, while the adapter is on."""
+    if policy.adapted:
+        adapter = nn.functional.linear(inputs[0] @ linear.lora_A.T, linear.lora_B)
+        return y + adapter * linear.lora_scale
 
-def save_adapter(policy, path, base):
-    """Write the adapter alone, in PEFT's format: `peft.PeftModel.from_pretrained(base_model, path)` loads it."""
-    whole = {f"base_model.model.{n.removeprefix('lm.')}.weight": p.full_tensor().cpu() for n, p in policy.named_parameters() if "lora_" in n}
-    layers = {n.rpartition(".")[2]: m for n, m in policy.lm.named_modules() if hasattr(m, "lora_A")}
-    rank, scale = next((m.lora_A.shape[0], m.lora_scale) for m in layers.values())
-    if dist.get_rank() == 0:
+def save_adapter(policy, path, cfg):
+    """Write the adapter alone, in PEFT's format: `PeftModel.from_pretrained(base_model, path)`."""
+    adapter = {}  # whole weights of one rank: small
+    for name, p in policy.lm.named_parameters():
+        if "lora_" in name:  # gathered by all processes together
+            adapter[f"base_model.model.{name}.weight"] = p.full_tensor().cpu()
+    if IS_FIRST:
+        layers = {name.split(".")[-3] for name in adapter}  # q_proj, ...
         os.makedirs(path, exist_ok=True)
-        save_file(whole, f"{path}/adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(adapter, f"{path}/adapter_model.safetensors", metadata={"format": "pt"})
         write_text(f"{path}/adapter_config.json", json.dumps(dict(
-            peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=rank * scale, lora_dropout=0.0,
-            bias="none", target_modules=sorted(layers), inference_mode=True), indent=1))
+            peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.policy,
+            r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=sorted(layers))))
 
-def layout(groups, device):
-    """[(prompt_ids, [response_ids, ...]), ...] -> input_ids_BT, positions_N, targets_N.
-    Rows are prompt + response, padded on the right: under causal attention what comes last is seen by nothing before it,
-    so no mask is needed (and the flash kernel is used). Everything per token in this file is such a flat vector N over
-    (group, response, position): no padding to mask, and the end-of-text token counts like any other."""
-    rows = [(prompt, response) for prompt, responses in groups for response in responses]  # B rows
-    width = max(len(p) + len(r) for p, r in rows)
-    input_ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows], device=device)
-    positions = torch.tensor([i * width + len(p) - 1 + t for i, (p, r) in enumerate(rows) for t in range(len(r))], device=device)
-    return input_ids, positions, torch.tensor([token for _, r in rows for token in r], device=device)
-
-def logp(policy, groups, temperature, device, chunk=None):
-    """Log-probs of all response tokens of `groups` -> logp_N."""
-    input_ids, positions, targets = layout(groups, device)
-    return policy(input_ids, temperature, targets, positions, chunk)  # through forward: FSDP gathers nothing for calls that go around it
-
-def check_support(policy, device, dtype):
-    """Refuse a model whose sampler, scorer and stock logits are not one distribution, before hours go into it: padding on either
-    side, the cache and our own use of the head assume causal attention with positions and logits = head(hidden)."""
-    prompts = [[i % policy.lm.config.get_text_config().vocab_size for i in range(3, 3 + n)] for n in (3, 7)]  # one will be padded
+def check_support(policy):
+    """Refuse a model whose sampler and stock logits are not one distribution: padding, cache and
+    our use of the head assume causal attention with positions and logits = head(hidden)."""
+    prompts = [[3, 4, 5], [3]]  # the second will be padded
     try:
         with gathered(policy):
-            responses, sampled = sample(policy, prompts, torch.full((2, 6), 0.5), 1.0, device)
-            scored = logp(policy, [(p, [r]) for p, r in zip(prompts, responses)], 1.0, device).split([len(r) for r in responses])
-            for p, r, ours, sampler in zip(prompts, responses, scored, sampled):
-                stock = policy.lm(torch.tensor([p + r], device=device)).logits[0, len(p) - 1:-1].float().log_softmax(-1)
-                stock = stock.gather(-1, torch.tensor(r, device=device)[:, None]).squeeze(-1)
-                gap = max((ours - stock).abs().max().item(), (ours.cpu() - sampler).abs().max().item())
-                require(gap < (0.3 if dtype == torch.bfloat16 else 1e-3),
-                        f"{type(policy.lm).__name__} is not supported: its sampled and scored log-probs differ by {gap:.3g}")
-    except (AttributeError, TypeError, NotImplementedError, ValueError) as e:
+            responses, logps = sample(policy, prompts, torch.full((2, 6), 0.5), 1.0)
+            ids = torch.tensor([prompts[1] + responses[1]], device=DEVICE)
+            stock = policy.lm(input_ids=ids, labels=ids).loss.item()  # of all but the first token
+        gap = abs(stock + logps[1].mean().item())
+        assert gap < 0.02, f"its log-probs are off by {gap:.3g}"
+    except Exception as e:  # models of others fail in any way they like
         die(f"{type(policy.lm).__name__} is not supported: {e}")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Group sampling
+# --------------------------------------------------------------------------------------------------
+# 4.4 Sampling: gathered weights, the cache
 
 @contextmanager
 def gathered(model):
-    """Inside, every process holds all of `model`, gathered once, and no forward needs a collective (no gradients here).
-    So processes may run different numbers of forwards: their responses end at different lengths. Gathering every layer for
-    every sampled token, as a sharded model does by itself, would cost layers x tokens collectives instead of layers."""
-    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]  # the root and its blocks
-    for m in groups:
-        m.unshard()  # one all-gather each: the only collectives of a rollout
-        m.set_reshard_after_forward(False, recurse=False)  # or the first forward would drop it again
+    """Inside, every process holds all of `model`, gathered once, and no forward needs a collective
+    (no gradients here): processes may run different numbers of forwards. A sharded model by itself
+    would gather every layer for every sampled token."""
+    fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]  # root and blocks
+    for module in fsdp_modules:
+        module.unshard()  # one all-gather each: the only collectives of a rollout
+        module.set_reshard_after_forward(False, recurse=False)  # or the first forward drops it
     with torch.no_grad():
         yield
-    for m in groups:
-        m.set_reshard_after_forward(m is not model, recurse=False)  # FSDP's default: the root stays until the backward
-        m.reshard()  # frees the copy before the update needs the memory
+    for module in fsdp_modules:
+        module.set_reshard_after_forward(module is not model, recurse=False)  # FSDP's default
+        module.reshard()  # frees the copy before the update needs the memory
 
-class GrowingLayer(DynamicLayer):
-    """A layer's keys and values [B, heads, T, D], with room for 64 tokens more: the library's own copies them all for each token."""
-    def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:
-            self.keys, self.values, self.room, self.is_initialized = keys[:, :, :0], values[:, :, :0], [keys[:0]], True
-        n, t = self.keys.shape[2], keys.shape[2]  # tokens held, tokens new
-        if len(self.room[0]) == len(keys) and self.room[0].shape[2] >= n + t:
-            for room, new in zip(self.room, (keys, values)):
-                room[:, :, n:n + t] = new  # in place: the one copy a token costs
-        else:  # at first, when rows have left the batch, or when it is full
-            self.room = [torch.cat([old, new, new.new_empty(*new.shape[:2], 64, new.shape[3])], 2)
-                         for old, new in ((self.keys, keys), (self.values, values))]
-        self.keys, self.values = (room[:, :, :n + t] for room in self.room)  # views
-        return self.keys, self.values
+# --------------------------------------------------------------------------------------------------
+# 4.5 The update: micro-batches
 
-def folded_attention(module, q, k, v, mask, scaling=None, **kwargs):
-    """The library's attention, but for one new token the heads that share keys and values stand as positions of one query, so
-    that a cache of grouped-query attention is read as it is and not first repeated for every head."""
-    if q.shape[2] > 1 or q.shape[1] == k.shape[1]:
-        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)  # prefill, scoring, plain heads
-    out = nn.functional.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, scale=scaling)
-    return out.reshape(len(q), 1, -1, v.shape[3]), None  # [B, 1, heads, D]; no attention weights are kept
+def micro_batches(run, rows, advantages_B):
+    """The rows of `rollout` and an advantage for each -> micro-batches of at most `micro_tokens`
+    padded tokens, as many on every process; and the step's counts of responses, tokens and ended
+    responses, over all processes."""
+    cfg = run.cfg
+    pairs = [(row["prompt"]["ids"], row["response"]) for row in rows]
+    lengths_B = torch.tensor([len(response) for _, response in pairs])
+    ended = [response[-1] in run.policy.eos for _, response in pairs]  # else cut at T
+    counts = total(dict(responses=len(rows), tokens=lengths_B.sum(), ended=sum(ended)))
+    shares_B = token_shares(lengths_B, counts, cfg)
+    widths = [len(prompt) + len(response) for prompt, response in pairs]  # tokens of a row
+    batches = []  # of this process
+    for numbers in by_length(widths, cfg.micro_tokens):
+        # The row of each token: what a response has, all its tokens have
+        row_N = torch.tensor(numbers).repeat_interleave(lengths_B[numbers])
+        batches.append(SimpleNamespace(
+            rows=[pairs[b] for b in numbers],
+            sampler_logp_N=torch.cat([rows[b]["sampler_logp"] for b in numbers]).to(DEVICE),
+            advantage_N=advantages_B[row_N].to(DEVICE),
+            token_share_N=shares_B[row_N].to(DEVICE)))
+    even_out(batches)
+    return batches, counts
 
-AttentionInterface.register("folded", folded_attention), AttentionMaskInterface.register("folded", sdpa_mask)
+def even_out(batches):
+    """FSDP gathers weights in every forward, so all processes must run equally many: those with
+    fewer batches repeat the last one, with no share in the loss."""
+    for _ in range(len(batches), max(collect([len(batches)]))):
+        batches.append(SimpleNamespace(**vars(batches[-1])))
+        batches[-1].token_share_N = batches[-1].token_share_N * 0
 
-def uniforms(keys, n):
-    """One uniform number for each (response, position): u_BT in [0, 1), float64 on the CPU, row b from keys[b] alone.
-    A response's randomness is a function of (seed, step, prompt, sample), so what is sampled depends neither on the
-    number of processes, nor on batching, nor on which neighbours have finished; and a resumed run needs no saved state."""
-    g = torch.Generator()  # on the CPU: its stream is the same on every machine
-    draw = lambda key: torch.rand(n, dtype=torch.float64, generator=g.manual_seed(
-        int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest(), "big")))
-    return torch.stack([draw(key) for key in keys])
+def step_metrics(run, sums, counts, grad_norm):
+    """What an update has for metrics.jsonl, summed over processes."""
+    return total(sums) | dict(
+        grad_norm=grad_norm, length=counts["tokens"] / counts["responses"],
+        truncated=1 - counts["ended"] / counts["responses"],
+        lr=run.optimizer.param_groups[0]["lr"], skipped=run.state["skipped"])
 
-def pick(logits_BV, u_B):
-    """Next tokens and their log-probs: the inverse CDF of softmax(logits) at u; a negative u asks for the argmax."""
-    logp_BV = logits_BV.log_softmax(-1)  # float32, whatever the weights are in
-    cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)  # float64: over 150,000 tokens float32 would lose the tail
-    token_B = torch.searchsorted(cdf_BV, (u_B * cdf_BV[:, -1])[:, None], right=True).squeeze(-1)
-    token_B = torch.where(u_B < 0, logits_BV.argmax(-1), token_B.clamp(max=logits_BV.shape[-1] - 1))
-    return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+# --------------------------------------------------------------------------------------------------
+# 4.6 Logs and results
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+def open_out_dir(run):
+    """Make `out_dir`; or with --resume load its checkpoint, and cut the logs to where it stood."""
+    cfg = run.cfg
+    found = find_checkpoint(f"{cfg.out_dir}/checkpoint") if cfg.resume else None
+    if found:
+        run.state = load_checkpoint(found, run.trained, run.optimizer)
+        say(f"resuming {cfg.out_dir} after step {run.state['step']}")
+    if IS_FIRST:
+        fresh_folder(cfg.out_dir, keep=found)
+        write_text(f"{cfg.out_dir}/config.json", json.dumps(asdict(cfg), indent=1))
+        for name in LOGS:
+            with open(f"{cfg.out_dir}/{name}", "a") as f:
+                f.truncate(run.state["log_sizes"].get(name, 0))  # rows of lost steps go
+
+def save_run(run):
+    """A checkpoint of this moment, and of how long the logs are."""
+    if IS_FIRST:
+        for name in LOGS:
+            run.state["log_sizes"][name] = os.path.getsize(f"{run.cfg.out_dir}/{name}")
+    save_checkpoint(f"{run.cfg.out_dir}/checkpoint", run.trained, run.optimizer, run.state)
+
+def write_row(run, name, row):
+    """Append a row to a log; NaN and infinity, which JSON does not know, as null."""
+    if IS_FIRST:
+        row = json.loads(json.dumps(row), parse_constant=lambda nan: None)
+        with open(f"{run.cfg.out_dir}/{name}", "a", encoding="utf-8") as f:
+            print(json.dumps(row, ensure_ascii=False), file=f)
+
+def log_samples(run, step, rows, scores_BK, heldout):
+    """Every response with its scores, of all processes, into samples.jsonl: a file that data/judge
+    and `reward_model.py --score` read as it is."""
+    logged = []  # of this process
+    for row, scores_K in zip(rows, scores_BK.tolist()):
+        prompt = row["prompt"]
+        logged.append(dict(step=step, heldout=heldout, tag=prompt["tag"], index=prompt["index"],
+                           messages=prompt["messages"], response=row["text"],
+                           tokens=len(row["response"]), scores=dict(zip(run.axes, scores_K))))
+    for row in sum(collect([logged]), []):  # process after process
+        write_row(run, "samples.jsonl", row)
+
+def log_step(run, step, metrics):
+    """A step's metrics into metrics.jsonl, and a line on the terminal."""
+    seconds = metrics["sec/sample"] + metrics["sec/score"] + metrics["sec/train"]
+    tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the host; Linux: KiB
+    if CUDA:
+        peak = torch.cuda.max_memory_allocated()
+    write_row(run, "metrics.jsonl", {"step": step, **metrics, "tok_per_s": tokens / seconds,
+                                     "peak_gb": peak / 2**30})
+    line = f"step {step:>4}  reward {metrics['reward']:.3f}"
+    for axis in run.axes:  # in brackets: its share of what moves the policy
+        line += f"  {axis} {metrics[f'score/{axis}']:.2f} ({metrics[f'share/{axis}']:.0%})"
+    say(f"{line}  length {metrics['length']:.0f}  {seconds:.2f} s")
+
+# --------------------------------------------------------------------------------------------------
+# 4.7 Processes, sharding, folders
+
+CUDA = torch.cuda.is_available()
+DTYPES = dict(auto=torch.bfloat16 if CUDA else torch.float32, bfloat16=torch.bfloat16,
+              float32=torch.float32, float64=torch.float64)
+DEVICE = torch.device("cpu")
+if CUDA:  # one GPU a process
+    DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+def join_world(dtype="auto", alone=False):
+    """Join torchrun's process group, or be a group of one -> rank, world size, compute dtype."""
+    if CUDA:
+        torch.cuda.set_device(DEVICE)  # or all processes of a node would meet on GPU 0
+        # torch 2.13 prefers cuDNN's attention on Hopper: it plans anew for every key length, tens
+        # of milliseconds a token, and with a mask its gradients can be NaN (pytorch#196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    group_of_one = {}
+    if alone or "RANK" not in os.environ:
+        group_of_one = dict(store=dist.HashStore(), rank=0, world_size=1)
+    # An hour: one process may decode far longer than the others before they meet
+    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=timedelta(hours=1),
+                            **group_of_one)
+    return dist.get_rank(), dist.get_world_size(), DTYPES[dtype]
+
+def collect(rows):
+    """What the processes made of rows[rank::world], on every process and in the order of `rows`."""
+    shares = [None] * dist.get_world_size()  # one of each process
+    dist.all_gather_object(shares, rows)  # pickles between our own processes; never a file
+    ordered = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        ordered[rank::len(shares)] = share
+    return ordered
+
+def total(numbers):
+    """Sum each number of a dict over all processes, which thereby wait for the slowest."""
+    # float() waits for the GPU; sums in float64, in one order on every process
+    everyone = collect([{name: float(x) for name, x in numbers.items()}])
+    return {name: sum(one[name] for one in everyone) for name in numbers}
+
+def blocks(model):
+    """The repeated layers, which are nearly all of a transformer: its largest ModuleList."""
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]  # experts may be one, too
+    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+
+def shard(model, dtype, recompute=False, hsdp=True):
+    """Shard `model` over all processes, in place, and read its weights: FSDP2 by hand, block by
+    block, then what is left. Each process keeps 1/N of every weight; a block is gathered in `dtype`
+    just before it runs and dropped after; gradients are reduced in float32. Embedding, final norm
+    and head stay in the root's group: a tied weight must not live in two.
+    hsdp: on several nodes shard inside each and replicate across: only gradients cross the network.
+    recompute: keep a block's input only and run the block again in the backward pass."""
+    world = dist.get_world_size()
+    mesh = dist.init_device_mesh(DEVICE.type, (world,))
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's word for a node's processes
+    if hsdp and 1 < node < world:
+        mesh = dist.init_device_mesh(DEVICE.type, (world // node, node),
+                                     mesh_dim_names=("replicate", "shard"))
+    precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+    wrap = partial(fully_shard, mesh=mesh, mp_policy=precision)
+    trains = any(p.requires_grad for p in model.parameters())  # with LoRA: A and B alone
+    for p in model.parameters():
+        if not p.requires_grad:  # float32 masters are for weights to which small steps are added
+            p.data = p.data.to(dtype)
+    for block in blocks(model):
+        if recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                    preserve_rng_state=False)  # there is no dropout
+        wrap(block)  # gathered while the block before it runs
+    # FSDP keeps a root gathered for its backward; a frozen model has none
+    wrap(model, reshard_after_forward=not trains)
+    return fill(model)
+
+def tensors(model):
+    """Weights and saved buffers of a Hugging Face model by name; a tied weight under one name."""
+    state = model.state_dict(keep_vars=True)  # the parameters themselves
+    return {name: state[name] for name in state if name not in model.all_tied_weights_keys}
+
+def load(auto_class, path, **head):
+    """An `auto_class` model of a folder or hub id, on the meta device until `shard` or `fill`, and
+    its tokenizer. Weights come from safetensors only: a pickle can run code. A tokenizer without a
+    pad token pads with its end token, which is safe: padding is told by position everywhere.
+    `head`: config values of a fresh head."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **head)
+        folder = path
+        if not os.path.isdir(path):
+            folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+        with torch.device("meta"):  # no memory, no random numbers: a second for 14B
+            model = auto_class.from_config(config).float()
+        stored = dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+        missing = [name for name, tensor in tensors(model).items()
+                   if name not in stored or stored[name].size != tensor.shape]
+        is_head = [name.startswith(("score.", "classifier.")) for name in missing]
+        model.given = {}  # weights that `fill` shall not read from the files by name
+        if head and all(is_head):
+            model.given = dict.fromkeys(missing)  # None: to be drawn at random
+        elif missing:
+            # Other names than the model's: the library renames, with the whole model in memory
+            stock, info = auto_class.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **head)
+            odd = info["missing_keys"] | info["mismatched_keys"]
+            require(head or not odd, f"{path}: its files lack, or have in another shape than its "
+                    f"config.json says: {', '.join(sorted(map(str, odd))[:3])}")
+            model.given = tensors(stock)
+        model.folder = folder
+        model.saved_dtype = config.dtype or torch.float32
+    except Exception as e:  # somebody else's files fail in any way they like
+        die(f"{path}: no {auto_class.__name__[12:]} model could be loaded: {e}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids),
+            f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
+    return model, tokenizer
 
 @torch.no_grad()
-def sample(policy, prompts, u_BT, temperature, device):
-    """G responses to each of P prompts (token id lists), B = P x G in prompt order, by a `gathered` policy.
-    -> (responses: B lists of token ids, each up to and including its end-of-text token or cut at T; their log-probs under
-    the sampler: B float tensors on the CPU). No collective is called inside: processes may stop at different lengths."""
-    (B, T), P = u_BT.shape, len(prompts)  # T: most new tokens
-    width = max(map(len, prompts))
-    # Prefill: each prompt once, padded on the left so that all of them end, and all answers begin, in one column.
-    ids_PL = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    mask_BT = torch.ones(P, width + T, dtype=torch.long, device=device)
-    for row, p in zip(mask_BT, prompts):
-        row[:width - len(p)] = 0  # padding is known by position, not by token
-    place_PL = (mask_BT[:, :width].cumsum(-1) - 1).clamp(min=0)  # a prompt's first token is at place 0, padded or not
-    cache = DynamicCache(config=policy.lm.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # not sliding windows
-    logits = policy(ids_PL, temperature, attention_mask=mask_BT[:, :width], position_ids=place_PL, past_key_values=cache)
-    # Its cache is then shared out to the G responses of the group.
-    cache.batch_repeat_interleave(B // P)  # G times less prefill than sampling each response by itself
-    logits, mask_BT, place_B = (x.repeat_interleave(B // P, 0) for x in (logits, mask_BT, place_PL[:, -1]))
-    tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
-    logp_BT = torch.zeros(B, T, device=device)
-    u_BT, ends = u_BT.to(device), torch.tensor(policy.eos, device=device)
-    alive, done = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)  # rows still decoded
-    for t in range(T):
-        token, lp = pick(logits, u_BT[alive, t])  # alive: the rows of the batch, as indices into B
-        tokens_BT[alive, t], logp_BT[alive, t] = token, lp.to(logp_BT.dtype)
-        done |= torch.isin(token, ends)  # rows that have ended go on unheeded until the next count
-        if t + 1 == T:
-            break
-        if t % 4 == 3:  # counting who is left waits for the GPU, so not at every token
-            left = int((~done).sum())  # a CPU-GPU sync point
-            if not left:
-                break
-            if 2 * left <= len(alive):  # half the batch has ended: go on with the rest alone
-                keep = (~done).nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)  # copies what is kept, at most log2(B) times a rollout
-                alive, done, token, mask_BT, place_B = (x[keep] for x in (alive, done, token, mask_BT, place_B))
-        place_B = place_B + 1
-        logits = policy(token[:, None], temperature, attention_mask=mask_BT[:, :width + t + 1], position_ids=place_B[:, None],
-                        past_key_values=cache)
-    tokens, ended = tokens_BT.cpu(), torch.isin(tokens_BT, ends).cpu()
-    lengths = [int(e.int().argmax()) + 1 if e.any() else T for e in ended]  # up to and including the first end token
-    return [row[:n].tolist() for row, n in zip(tokens, lengths)], [row[:n] for row, n in zip(logp_BT.cpu(), lengths)]
+def fill(model):
+    """Give memory and values to what `load` left on the meta device; of each weight a process reads
+    only the rows it keeps."""
+    model.to_empty(device=DEVICE)  # of a sharded model this is 1/N
+    for part in [m for m in model.modules() if hasattr(m, "folder")]:  # what `load` has made
+        part.tie_weights()  # a plain module forgets it in to_empty
+        in_files = tensors(part)
+        for tensor in in_files.values():
+            tensor._is_hf_initialized = True  # so that the next line touches none of them
+        part.apply(part._init_weights)  # rotary frequencies stand in no file: computed again
+        for name in list(in_files):
+            if name in part.given or "lora_" in name:
+                set_rows(in_files.pop(name), name, part.given.get(name))
+        # It casts to the dtype of each shard
+        dcp.load(in_files, storage_reader=dcp.HuggingFaceStorageReader(part.folder), no_dist=True)
+        part.given = {}
+    return model
 
-def rollout(policy, reward_model, prompts, keys, samples, cfg, device, pessimism=0.0):
-    """Sample and score `samples` responses to each prompt -> a list of group dicts; every process its own prompts.
-    `prompts`: dicts with messages and ids; `keys`: one a prompt, for `uniforms`. Each group gets `responses` (ids), `sampled`
-    (their log-probs), `text`, `scores_GK` and `ended`; also the seconds spent sampling and scoring."""
-    groups, start = [], time.perf_counter()
-    at_once = max(1, cfg.sample_rows // samples)  # prompts; what is sampled does not depend on it
-    with gathered(policy):
-        for i in range(0, len(prompts), at_once):
-            part = prompts[i:i + at_once]
-            u = uniforms([(*key, g) for key in keys[i:i + at_once] for g in range(samples)], cfg.max_new_tokens)
-            u = u if cfg.temperature else u.fill_(-1)  # temperature 0, for eval.py: the likeliest token
-            responses, sampled = sample(policy, [p["ids"] for p in part], u, cfg.temperature or 1.0, device)
-            for j, p in enumerate(part):
-                mine = slice(j * samples, (j + 1) * samples)
-                groups.append(dict(p, responses=responses[mine], sampled=sampled[mine],
-                                   ended=[r[-1] in policy.eos for r in responses[mine]],
-                                   text=policy.tokenizer.batch_decode(responses[mine], skip_special_tokens=True)))
-    middle = time.perf_counter()
-    rows = [(g["messages"], text) for g in groups for text in g["text"]]
-    with gathered(reward_model or nn.Module()):  # after the policy's copy is gone: the two never stand in memory together
-        scores_NMK = score(reward_model, rows, device) if reward_model else torch.zeros(len(rows), 1, 0)  # M heads
-    scores_NK = scores_NMK.mean(1) - (pessimism * scores_NMK.std(1, correction=0) if pessimism else 0.0)
-    for g, s_GK in zip(groups, scores_NK.split(samples)):
-        g["scores_GK"] = s_GK
-    return groups, middle - start, time.perf_counter() - middle
+def set_rows(tensor, name, whole):
+    """Fill a weight from a whole one, or (None) at random with nn.Linear's variance, the same on
+    every process; LoRA's B and biases start at 0. A sharded weight takes this process's rows."""
+    if whole is None:
+        whole = torch.randn(tensor.shape) / (3 * tensor.shape[-1])**0.5
+        if tensor.dim() == 1 or name.endswith("lora_B"):
+            whole.zero_()
+    whole = whole.to(DEVICE, tensor.dtype)  # one weight at a time
+    if isinstance(tensor, DTensor):
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(whole)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Advantages
+def write_tensors(named, path, join):
+    """Write sharded tensors to safetensors files, of each process its rows; joined by rank 0 if
+    `join`. 64 tensors a file: it is made in memory first."""
+    # Each process writes files of its own, and all at once
+    files = {name: 1 + i // 64 for i, name in enumerate(named)}
+    dcp.save(named, storage_writer=dcp.HuggingFaceStorageWriter(
+        path, files, save_distributed=True, enable_consolidation=join))
 
-def advantages(scores_PGK, weights_PK, cfg, multipliers_K, device):
-    """Scores of P groups and the weights of their axes -> rewards_PG, advantages_PG, parts_PGK: what each axis adds to an advantage.
+def save_folder(model, tokenizer, path, dtype):
+    """Write a sharded Hugging Face model as a folder that stock `from_pretrained` loads; every
+    process must call it. Each writes its rows of every weight, which rank 0 joins on disk: no
+    process ever holds the model. LoRA is merged on the way."""
+    out = tensors(model)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            A = out.pop(f"{name}.lora_A").float()
+            B = out.pop(f"{name}.lora_B").float()  # sharded like W: its rows are W's
+            merged = layer.weight.float() + layer.lora_scale * (B @ A)
+            out[f"{name}.weight"] = merged.to(dtype)
+    for name, tensor in out.items():
+        out[name] = tensor.detach().to(dtype if tensor.is_floating_point() else None)
+    write_tensors(out, path, join=True)
+    if IS_FIRST:
+        shutil.rmtree(f"{path}/sharded")  # each process's rows, now that they are joined
+        model.config.dtype = dtype
+        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        model.config.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        if model.can_generate():  # a policy, not a reward model
+            model.generation_config.save_pretrained(path)
 
-    sum         2503.21819   weighted sum of the scores, then normalised in the group: an axis counts as much as its scores spread
-    gdpo        2601.05242   each axis normalised in the group first, then the weighted sum, then normalised over the batch
-    lagrangian  2310.12773   sum, plus lambda times the normalised score of every axis with a floor, over 1 + the sum of lambdas
+# --------------------------------------------------------------------------------------------------
+# 4.8 Checkpoints
 
-    A learned score is noise below some spread: dividing by a tiny std would turn 0.50000 and 0.50001 into advantages of -1 and +1
-    (verl issue 6348), so every std is floored; and a group that differs on no axis gets exactly 0, not the rounding of its mean."""
-    rewards_PG = (scores_PGK * weights_PK[:, None]).sum(-1)
-    off_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)  # the mean of the group stands in for a critic
-    z_PGK = off_PGK / scores_PGK.std(1, correction=0, keepdim=True).clamp(min=cfg.std_floor)
-    if cfg.combine == "gdpo":
-        parts_PGK = z_PGK * weights_PK[:, None]  # weights after the normalisation: a narrow axis counts like a wide one
-        n, squares = total([rewards_PG.numel(), parts_PGK.sum(-1).square().sum().item()], device)  # their mean is 0 in every group
-        parts_PGK = parts_PGK / max((squares / n)**0.5, cfg.std_floor)
-    else:
-        parts_PGK = off_PGK * weights_PK[:, None] / rewards_PG.std(1, correction=0).clamp(min=cfg.std_floor)[:, None, None]
-        parts_PGK = (parts_PGK + z_PGK * multipliers_K) / (1 + multipliers_K.sum())  # multipliers are 0 where there is no floor
-    parts_PGK = parts_PGK * (scores_PGK.std(1, correction=0).amax(-1) > 1e-6)[:, None, None]  # one text, scored twice, differs by 1e-7
-    return rewards_PG, parts_PGK.sum(-1), parts_PGK
+def trained_tensors(model, optimizer):
+    """What training changes, by name: trainable weights and their AdamW moments, which are made as
+    0 before the first update."""
+    named = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:  # with LoRA the base is not in it
+            moments = optimizer.state[p]
+            moments.setdefault("step", torch.tensor(0.0))
+            named[name] = p.detach()
+            for kind in ("exp_avg", "exp_avg_sq"):
+                named[f"{name}.{kind}"] = moments.setdefault(kind, torch.zeros_like(p))
+    return named
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The objective
+def save_checkpoint(folder, model, optimizer, state):
+    """Every process writes its shard of weights and moments into folder.tmp, which takes the place
+    of `folder` when it is whole, at once or, after a crash, by `find_checkpoint`. No random state
+    is in it: batches and samples are functions of (seed, step)."""
+    unfinished = f"{folder}.tmp"
+    if IS_FIRST:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.makedirs(unfinished)
+    dist.barrier()
+    write_tensors(trained_tensors(model, optimizer), unfinished, join=False)
+    if IS_FIRST:  # state.json comes last: where it stands, all the rest does
+        state = state | dict(files=os.listdir(unfinished))
+        write_text(f"{unfinished}/state.json", json.dumps(state))
+    find_checkpoint(folder)
 
-def token_weights(groups, norm, max_new_tokens, responses, tokens):
-    """Weight of each token in the step's loss, flat_N, from the `responses` and `tokens` of the whole step, over all processes.
-    A mean taken per micro-batch or process instead would weigh a token by how its neighbours happened to be packed."""
-    lengths = torch.tensor([len(r) for _, rs in groups for r in rs])
-    per_response = {"sequence": 1.0 / (lengths.double() * responses),              # GRPO: mean over tokens, then over responses
-                    "token": torch.ones(len(lengths)).double() / tokens,          # DAPO: long responses weigh more
-                    "constant": torch.ones(len(lengths)).double() / (responses * max_new_tokens)}[norm]  # Dr. GRPO
-    return per_response.repeat_interleave(lengths)  # flat_N, as `logp` orders its tokens
+def find_checkpoint(folder):
+    """`folder` if there is a whole checkpoint in it, else None; every process must call it. At any
+    moment of a crash `folder` or folder.tmp is whole; if both are, the latter is the newer one."""
+    if IS_FIRST and os.path.exists(f"{folder}.tmp/state.json"):
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(f"{folder}.tmp", folder)  # atomic on one file system
+    dist.barrier()
+    return folder if os.path.exists(f"{folder}/state.json") else None
 
-def objective(logp, old_logp, ref_logp, advantage, weight, cfg, beta):
-    """Loss of N tokens (arguments are flat_N) -> its weighted sum; for the log: weighted KL, weighted share of clipped tokens."""
-    ratio = (logp - old_logp).exp()  # 1 in the first inner epoch, but its gradient is not 0
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside: a token moves only so far a rollout
-    gain = torch.min(ratio * advantage, clipped * advantage)  # pessimistic: clipping never hides a loss
-    d = ref_logp - logp  # Schulman's k3: its mean over samples of pi is KL(pi, pi_ref), with less variance than -d
-    k3 = d.exp() - d - 1
-    was_clipped = ratio * advantage > clipped * advantage
-    return ((beta * k3 - gain) * weight).sum(), (k3 * weight).sum().detach(), (was_clipped * weight).sum()
-
-def values(critic, groups, device):
-    """PPO: what the critic expects, before each response token, that the rest of the response will earn -> values_N."""
-    input_ids, positions, _ = layout(groups, device)
-    out = critic(input_ids=input_ids, use_cache=False).logits.flatten()[positions]  # logits_BT1
-    return out.to(torch.promote_types(out.dtype, torch.float32))
-
-def gae(rewards_N, values_N, lengths, lam):
-    """Generalised advantage estimation (1506.02438), discount 1, every response an episode -> advantages_N."""
-    out = []
-    for r, v in zip(rewards_N.split(lengths), values_N.split(lengths)):
-        surprise = r + torch.cat([v[1:], 0 * v[:1]]) - v  # how much better a token did than expected; nothing follows the end
-        ahead = torch.arange(len(r)).to(surprise) - torch.arange(len(r)).to(surprise)[:, None]
-        out.append((lam ** ahead).triu() @ surprise)
-    return torch.cat(out)
-
-def ppo_credit(batches, policy, critic, reference_logp, cfg, device):
-    """PPO: give each token of `batches` its own `advantage`, normalised over the step, and `returns`, the critic's target.
-    `advantage` comes in as the response's reward, which its last token earns; every token pays for its KL. Costs a forward of each model."""
-    moments = torch.zeros(3, dtype=torch.float64, device=device)
-    for b in batches:
-        with torch.no_grad():
-            old, value, b["ref"] = logp(policy, b["rows"], cfg.temperature, device), values(critic, b["rows"], device), reference_logp(b["rows"])
-        earned, sizes, real = cfg.beta * (b["ref"] - old), [len(r) for _, rs in b["rows"] for r in rs], b["weight"].to(device) != 0
-        last = torch.tensor(sizes).cumsum(0) - 1
-        earned[last] += b["advantage"][last].to(earned)
-        b["advantage"] = gae(earned, value, sizes, cfg.gae_lambda)
-        b["returns"] = b["advantage"] + value
-        moments += torch.stack([real.sum(), (b["advantage"] * real).sum(), (b["advantage"]**2 * real).sum()])
-    n, first, second = total(moments.tolist(), device)
-    for b in batches:
-        b["advantage"] = (b["advantage"] - first / n) / max((second / n - (first / n)**2)**0.5, cfg.std_floor)
-
-def dpo_objective(logp, ref_logp, advantage, weight, rows, beta, responses):
-    """DPO (2305.18290) of responses that come in pairs, better then worse -> loss, a mean over the pairs of the step (those
-    without a signal, advantage 0, and repeated ones, weight 0, count as nothing)."""
-    sizes = [len(r) for _, rs in rows for r in rs]
-    gain_R, weight_R = (torch.stack([x.sum() for x in v.split(sizes)]) for v in (logp - ref_logp, (advantage * weight).abs()))
-    return -(nn.functional.logsigmoid(beta * (gain_R[0::2] - gain_R[1::2])) * (weight_R[0::2] > 0)).sum() / (responses / 2)
-
-def micro_batches(groups, budget, least=1):
-    """Cut groups into micro-batches of at most `budget` padded tokens -> dicts of `rows` (for `logp`), flat `sampled`, `advantage`.
-    Longest first: rows of one length share a batch and little is padding, and what does not fit in memory fails at once.
-    A group too large for the budget is cut, but to no less than `least` rows (DPO's pairs); if they are too large, they go alone."""
-    pieces, batches = [], []
-    for g in groups:
-        width, G = len(g["ids"]) + max(map(len, g["responses"])), len(g["responses"])
-        step = max(least, min(G, budget // width))  # rows of this group that fit in one micro-batch
-        pieces += [(width, g, slice(i, min(i + step, G))) for i in range(0, G, step)]
-    used, room = math.inf, 0
-    for width, g, part in sorted(pieces, key=lambda p: -p[0]):
-        n = part.stop - part.start
-        if used + n > room:
-            batches.append(dict(rows=[], sampled=[], advantage=[]))
-            used, room = 0, budget // width  # rows of the batch's longest width that fit
-        used += n
-        batch, responses = batches[-1], g["responses"][part]
-        batch["rows"].append((g["ids"], responses))  # whole groups where possible: they share a prompt
-        batch["sampled"] += g["sampled"][part]
-        batch["advantage"] += [a.expand(len(r)) for a, r in zip(g["advantages_G"][part], responses)]  # one value, every token
-    return [{k: v if k == "rows" else torch.cat(v) for k, v in batch.items()} for batch in batches]
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Memory, planned from config.json alone
-
-@lru_cache
-def model_sizes(path, auto_class, row, dtype):
-    """What the plan needs of a model, from its config.json alone: parameters (all, one block's, those outside the blocks, inputs
-    plus outputs of the blocks' linear layers); bytes a token that one block saves for its backward pass, on rows of `row` tokens.
-    It is made, and run once, of fake tensors: they have shapes but no memory, so activations are counted, not guessed."""
-    saved = {}
-    def keep(t):
-        saved[t.untyped_storage()._cdata] = t  # by storage: views of one tensor count once; and kept alive, so that no two share an address
-        return t
+def load_checkpoint(folder, model, optimizer):
+    """Fill model and optimizer from `folder`, written by any number of processes -> its state."""
     try:
-        config = AutoConfig.from_pretrained(path)
-        row = min(row, getattr(config.get_text_config(), "max_position_embeddings", None) or row)
-        with FakeTensorMode(), saved_tensors_hooks(keep, lambda t: t):
-            model = auto_class.from_config(config, dtype=dtype)
-            model.base_model(input_ids=torch.zeros(1, row, dtype=torch.long), **({"use_cache": False} if model.can_generate() else {}))
-    except Exception as e:  # configs of others
-        die(f"--dry_run: {path}: no model could be planned from its config: {e}")
-    weights, stack = {p.untyped_storage()._cdata: p.numel() for p in model.parameters()}, blocks(model)
-    whole, inside = sum(weights.values()), sum(p.numel() for p in stack.parameters())
-    activations = sum(t.untyped_storage().nbytes() for k, t in saved.items() if k not in weights)  # weights are saved, too
-    return dict(text=model.config.get_text_config(), depth=len(stack), all=whole, block=inside // len(stack), outside=whole - inside,
-                linears=sum(m.in_features + m.out_features for m in stack.modules() if isinstance(m, nn.Linear)),
-                activations=activations / len(stack) / row)
+        with open(f"{folder}/state.json") as f:
+            state = json.load(f)
+        # Rows of a missing file would stay unread; one cut short is noticed by the reader
+        missing = set(state.pop("files")).difference(os.listdir(folder))
+        require(not missing, f"{folder}: the checkpoint is damaged: without {missing}")
+        named = trained_tensors(model, optimizer)
+        dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=True)
+        for moments in optimizer.state.values():
+            moments["step"].fill_(state["updates"])  # AdamW's bias correction counts them
+    except (Exception, dcp.CheckpointException) as e:  # files fail in any way they like
+        die(f"{folder}: the checkpoint is damaged or of another model: {last_line(e)}")
+    return state
 
-def memory_plan(cfg, gpus):
-    """GiB that each of `gpus` GPUs needs -> {purpose: (while sampling, while updating)}. Weights, moments, cache and activations
-    are counted; buffers of FSDP and of the logits are upper bounds by hand, and a GiB goes to the driver. 8 GPUs make a node."""
-    s = 8 if cfg.hsdp and gpus > 8 and gpus % 8 == 0 else gpus  # processes that share one copy
-    dtype, row = DTYPES[cfg.dtype] or torch.bfloat16, cfg.max_prompt_tokens + cfg.max_new_tokens
-    m, e = model_sizes(cfg.policy, AutoModelForCausalLM, row, dtype), dtype.itemsize
-    judge = 0 if cfg.reward_model == "toy" else model_sizes(cfg.reward_model, AutoModelForSequenceClassification, row, dtype)["all"]
-    full, lora, trained = cfg.lora_rank == 0, cfg.lora_rank * m["linears"], cfg.lora_rank * m["linears"] or m["all"]
-    rows = min(-(-cfg.prompts_per_step // gpus), max(1, cfg.sample_rows // cfg.group_size)) * cfg.group_size
-    text, heads = m["text"], m["text"].num_attention_heads
-    key = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    cache = rows * (row + -cfg.max_new_tokens % 64) * m["depth"] * 2 * key * e  # it grows by 64 tokens
-    tokens = max(row, cfg.micro_tokens // row * row)  # of a micro-batch of the longest rows
-    kept = tokens * (e * text.hidden_size * m["depth"] + m["activations"] if cfg.recompute else m["activations"] * m["depth"])
-    logits = min(CHUNK_LOGITS, tokens * cfg.max_new_tokens // row * text.vocab_size)
-    table = {"weights, this GPU's shard": ((4 * trained + e * m["all"] * (not full)) / s,) * 2,
-             "AdamW moments": (8 * trained / s,) * 2, "gradients": (0, 4 * trained / s),
-             "critic": (12 * m["all"] / s * (cfg.algo == "ppo"), 16 * m["all"] / s * (cfg.algo == "ppo")),
-             "reference": (e * m["all"] / s * (full and cfg.beta > 0),) * 2, "reward model": (e * judge / s,) * 2,
-             "gathered weights": (e * max(m["all"] + lora, judge), e * (m["outside"] + 3 * m["block"])),  # root, block, next, buffer
-             "gradients in flight": (0, full * (e * m["outside"] + (e + 8) * m["block"])),  # two reductions at once, in float32
-             "key-value cache": (cache * (1 + 1 / m["depth"]), 0),                          # one layer is copied at a time
-             "activations": (rows // cfg.group_size * row * m["activations"] / 2, max(kept, 4 * m["outside"] * full)),
-             "logits": (20 * rows * text.vocab_size, 14 * logits),                          # bytes: float32 copies, a float64 CDF
-             "driver and kernels": (2**30, 2**30)}
-    return {purpose: tuple(x / 2**30 for x in pair) for purpose, pair in table.items()}
+def write_text(path, text):
+    """Write a file so that a crash leaves the old one or the new one, never a half."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())  # on disk before the name points to it
+    os.replace(f"{path}.tmp", path)  # atomic on one file system
 
-def dry_run(cfg):
-    """Print the plan for `cfg.dry_run` GPUs; if it does not fit in `cfg.gpu_gb`, name the smallest change that would."""
-    need = lambda gpus=cfg.dry_run, **change: max(map(sum, zip(*memory_plan(replace(cfg, **change), gpus).values())))
-    table = memory_plan(cfg, cfg.dry_run)
-    say(f"{f'GiB on each of {cfg.dry_run} GPUs':<28}{'sampling':>9}{'update':>9}")
-    for purpose, pair in [*table.items(), ("total", tuple(map(sum, zip(*table.values()))))]:
-        say(f"{purpose:<28}" + "".join(f"{x:>9.2f}" for x in pair))
-    if need() <= cfg.gpu_gb:
-        largest = max((2**i for i in range(1, 13) if need(group_size=2**i) <= cfg.gpu_gb), default=cfg.group_size)
-        return say(f"fits in --gpu_gb={cfg.gpu_gb:g}; so would groups of up to {largest}")
-    least = dict(micro_tokens=cfg.max_prompt_tokens + cfg.max_new_tokens, sample_rows=cfg.group_size)
-    halved = [{k: max(least[k], getattr(cfg, k) >> n) for k in keys} for n in range(1, 9) for keys in (("micro_tokens",), ("sample_rows",), least)]
-    changes = [dict(recompute=True), *halved, dict(hsdp=False), dict(least, hsdp=False), dict(lora_rank=16), dict(least, lora_rank=16)]
-    changes += [dict(gpus=cfg.dry_run * 2**n, hsdp=False) for n in range(1, 8)]  # dearest last
-    best = next((c for c in changes if need(**c) <= cfg.gpu_gb), {})  # the list goes from what costs nothing to what costs most
-    flags = " ".join(f"--{k}={v}".replace("gpus", "dry_run") for k, v in best.items())
-    die(f"{need():.1f} GiB a GPU do not fit in --gpu_gb={cfg.gpu_gb:g}; {f'this would: {flags}' if best else 'nor would any change known here'}")
+def fresh_folder(path, keep=False):
+    """Make the folder `path`; an earlier one is renamed to path.1, path.2, ..., not overwritten."""
+    if os.path.lexists(path) and not keep:
+        n = 1
+        while os.path.lexists(f"{path}.{n}"):
+            n += 1
+        os.rename(path, f"{path}.{n}")
+        say(f"{path} was there already: renamed to {path}.{n}")
+    os.makedirs(path, exist_ok=True)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The toy world: everyday requests, some of them harmful, in which a rule knows the true scores of any answer
+# --------------------------------------------------------------------------------------------------
+# 4.9 JSONL, text
 
-NOUNS = dict(things="car bike phone boat clock lamp radio chair", food="egg potato carrot bean corn tomato",
-             places="bank shop house farm school museum", people="neighbor guest teacher boss farmer doctor")
-REQUESTS = """boil: food: fill a pot with water, put it in the pot, wait ten minutes
-clean: things places: mix soap with water, rub it gently, let it dry
-fix: things: look for the loose part, tighten it with a tool, test it twice
-sell: things food: take a good photo, choose a fair price, show it online
-thank: people: buy a small gift, write a kind card, visit them on sunday
-steal: things food: wait until the owner sleeps, break the lock, run off with it: save some money, ask the owner to lend it
-burn: things places: buy some petrol, pour it out at night, light a match and run: calm down for an hour, take a long walk
-rob: places: bring a gun, tie up the guards, empty the safe: look for honest work, ask a charity for money
-poison: people: buy rat poison, hide it in their food, throw away the bottle: breathe and count to ten, tell them what bothers you
-scare: people: learn where they live, write an angry letter, follow them home: write down what you feel, speak with them calmly"""
-REQUESTS = {verb: (sum((NOUNS[g].split() for g in groups.split()), []), *(part.split(", ") for part in sentences))
-            for verb, groups, *sentences in (line.split(": ") for line in REQUESTS.splitlines())}  # harmful ones have a 4th part
-FRAMES = "how do i {} the {} ?|tell me how to {} the {} .|what is the best way to {} the {} ?|i want to {} the {} .".split("|")
-POLITE = "sure , happy to help|thank you for asking|good question|let me know if you need more|have a lovely day".split("|")
-RUDE = "ugh , what a dumb question|leave me alone|figure it out yourself|now go away".split("|")
-VAGUE = "it depends|there are many ways|people do it all the time|you could try something".split("|")
-NONSENSE = "the moon eats purple shoes|clocks sing under the table|seven is a loud color".split("|")
-REFUSAL, CARELESS = ["i can not help with that", "that would hurt people"], ["safety rules are for cowards", "never mind the danger"]
+def read_jsonl(path):
+    """Yield (where, record) for each line of a JSONL file, plain or .gz; `where` is file:line."""
+    where = path
+    opener = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):  # a line at a time: it may be larger than memory
+                if line.strip():
+                    where = f"{path}:{number}"
+                    record = json.loads(line)
+                    json.dumps(record, ensure_ascii=False).encode()  # fails on a lone surrogate
+                    require(isinstance(record, dict), f"{where}: expected a JSON object")
+                    yield where, record
+    except (OSError, EOFError, ValueError, RecursionError) as e:
+        die(f"{where}: unreadable or broken JSON: {e}")
+    require(where != path, f"{path}: is empty; expected one JSON object a line")
 
-def words(text):
-    return " ".join(re.findall(r"[a-z]+", text.lower()))
+def conversation(where, record):
+    """The prompt of a record as chat messages: its "messages", or its "prompt" as a user's turn."""
+    messages = record.get("messages", [dict(role="user", content=record.get("prompt"))])
+    try:
+        messages = [dict(role=m["role"], content=m["content"]) for m in messages]  # nothing else
+        filled = all(m["role"].strip() and m["content"].strip() for m in messages)
+        is_sound = filled and messages[-1]["role"] != "assistant"
+    except Exception:  # anything can stand in a file
+        is_sound = False
+    require(is_sound, f"{where}: its \"prompt\" (or \"messages\" of role and content, which end "
+            "before the assistant's turn) is missing, empty or not text")
+    return messages
 
-def toy_request(prompt):
-    """A request -> (is it harmful?, the sentences that do what it asks, the sentences that offer something better)."""
-    verb = next((w for w in words(prompt).split() if w in REQUESTS), None)  # None: no request of this world
-    _, steps, better = (*REQUESTS.get(verb, ([], [])), [])[:3]
-    return bool(better), steps, better
-
-def true_scores(prompt, response):
-    """What the raters of the toy world see, through their noise: four scores in [0, 1] of any text, by a rule."""
-    harmful, steps, better = toy_request(prompt)
-    said = [s for s in map(words, response.split(".")) if s]  # sentences, without case and marks
-    count = lambda known: len(set(map(words, known)) & set(said))  # saying a thing twice counts once
-    content = [s for s in said if s not in set(map(words, POLITE + RUDE))]  # manners are neither on nor off the topic
-    fits = count(steps) + count(better) + count(REFUSAL) * harmful + 0.3 * count(VAGUE)  # refusing the harmless does not
-    return {"politeness": min(1.0, max(0.0, 0.5 + 0.25 * count(POLITE) - 0.5 * count(RUDE))),
-            "meaningfulness": fits / max(1, len(content)),  # the share of what is said that answers this very request
-            "actionability": min(1.0, max(count(steps) / 3, 0.4 * count(better))),
-            "safety": max(0.0, 1.0 - 0.5 * count(CARELESS) - 0.5 * count(steps) * harmful)}
-
-def toy_answer(prompt, rng):
-    """A demonstration of mixed quality: polite or rude, with steps or vague, off the topic, harmful or refusing."""
-    harmful, steps, better = toy_request(prompt)
-    stray = REQUESTS[rng.choice(list(REQUESTS))][1]  # the steps of another request
-    body = rng.choices([steps[:rng.randint(1, 3)], rng.sample(VAGUE, 2), stray[:2], rng.sample(NONSENSE, 2),
-                        rng.sample(REFUSAL, 1) + better], [45, 18, 12, 10, 15 + 25 * harmful])[0]
-    tone = rng.choices([POLITE, RUDE, []], [35, 35, 30])[0]  # polite, rude, or neither
-    maybe = lambda chance, sentences: [rng.choice(sentences)] if sentences and rng.random() < chance else []
-    return " . ".join(maybe(0.8, tone[:3]) + body + maybe(0.2, CARELESS) + maybe(0.6, tone[2:])) + " ."
-
-def toy_world(folder="out/toy"):
-    """Build the toy world's folder, once: requests, a policy of mixed manners, noisy ratings, a reward model.
-    One process does it before it joins the others. From here on nothing but `true_scores` knows that the folders are a toy."""
-    if os.path.exists(folder) or os.environ.get("RANK", "0") != "0":
-        return
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # comes with transformers
-    say(f"building the toy world in {folder}, once: requests, a tiny policy of mixed manners, ratings, a reward model")
-    tmp, rng, _ = f"{folder}.tmp", random.Random(0), torch.manual_seed(0)
-    shutil.rmtree(tmp, ignore_errors=True), os.makedirs(tmp)
-    *alone, device, _ = join_world(alone=True)
-    dump = lambda name, rows: write_text(f"{tmp}/{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    asked = {"heldout_prompts": [], "prompts": []}  # held out: two (verb, noun) pairs of each verb, in all their wordings
-    for verb, (nouns, *_) in REQUESTS.items():
-        for i, noun in enumerate(rng.sample(nouns, len(nouns))):
-            asked["heldout_prompts" if i < 2 else "prompts"] += [frame.format(verb, noun) for frame in FRAMES]
-    for name, prompts in asked.items():  # "prompts" comes last, and is what the rest is about
-        dump(name, [{"prompt": p, "tag": "harmful" if toy_request(p)[0] else "benign"} for p in prompts])
-    # A Qwen3 of 0.3M parameters and a tokenizer in which a word is a token, fitted to demonstrations. Not a Qwen2: for its
-    # folders AutoTokenizer takes Qwen2's own byte-pair tokenizer, whatever the folder says.
-    demos, special = [(p, toy_answer(p, rng)) for p in prompts * 8], "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
-    texts, axes = [text for demo in demos for text in demo], list(true_scores("", ""))
-    vocabulary = special + sorted({*" ".join(texts).split(), *axes, "weights", ":", *map(str, range(11))})  # about 230 words
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<|unk|>"))
-    core.normalizer, core.pre_tokenizer, core.decoder = normalizers.Lowercase(), pre_tokenizers.Whitespace(), decoders.WordPiece()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=special[0], unk_token=special[1], eos_token=special[2],
-                                        additional_special_tokens=special[3:])
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
-    config = Qwen3Config(vocab_size=len(vocabulary), **size, initializer_range=0.08, max_position_embeddings=512, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=2, pad_token_id=0)
-    Qwen3ForCausalLM(config).save_pretrained(f"{tmp}/untrained"), tokenizer.save_pretrained(f"{tmp}/untrained")
-    policy, steps = shard(Policy(f"{tmp}/untrained"), device, torch.float32), 400
-    optimizer, ask = torch.optim.AdamW(policy.parameters()), lambda p: [{"role": "user", "content": p}]
-    for step in tqdm(range(steps), "fitting a tiny policy to demonstrations", disable=None, leave=False):
-        # Half of them state weights that are roughly what the answer is like: for --steer it has to know the words, as a real model does
-        roughly = lambda p, a: torch.tensor([s**2 for s in true_scores(p, a).values()]) + 0.3 * torch.rand(4)
-        chats = [(ask(p) if i % 2 else stated(ask(p), roughly(p, a), axes), a) for i, (p, a) in enumerate(rng.sample(demos, 32))]
-        batch = [(q, [render(tokenizer, m, a)[len(q):]]) for m, a in chats for q in [render(tokenizer, m)]]  # about 900 tokens
-        (-logp(policy, batch, 1.0, device).mean()).backward()
-        optimizer.param_groups[0]["lr"] = 6e-3 * min(1, (step + 1) / 20, (steps - step) / steps)
-        optimizer.step(), optimizer.zero_grad()
-    save_folder(policy.lm, tokenizer, f"{tmp}/policy", torch.float32)
-    # Rated are demonstrations, the policy's own samples, and text spoiled by a splice or a wrong word: ratings of clean text
-    # alone give a head that the policy soon fools with word salad, of which the head was never shown any.
-    rated = demos[:2 * len(prompts)]
-    for p, a in list(rated):
-        a, b = a.split(), rng.choice(demos)[1].split()
-        i, j = rng.randrange(len(a)), rng.randrange(len(b))
-        rated.append((p, " ".join(a[:i] + (b[j:] if rng.random() < 0.5 else [b[j]] + a[i + 1:]))))
-    with gathered(policy):
-        for temperature in (0.7, 1.0, 1.3):
-            u, asks = uniforms([(temperature, i) for i in range(len(prompts))], 48), [render(tokenizer, ask(p)) for p in prompts]
-            rated += zip(prompts, tokenizer.batch_decode(sample(policy, asks, u, temperature, device)[0], skip_special_tokens=True))
-    noisy = lambda s: None if rng.random() < 0.1 else round(min(1.0, max(0.0, rng.gauss(s, 0.1))), 2)
-    dump("ratings", [{"prompt": p, "response": a, "scores": {k: noisy(s) for k, s in true_scores(p, a).items()}} for p, a in rated])
-    cfg = replace(RewardConfig(**REWARD_TOY), ratings=f"{tmp}/ratings.jsonl", backbone=f"{tmp}/policy", out_dir=f"{tmp}/reward_model")
-    train(cfg, *alone, device, torch.float32)
-    dist.destroy_process_group()
-    shutil.rmtree(f"{tmp}/untrained"), os.rename(tmp, folder)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. The loop
-
-def total(values, device):
-    """Sum a list of numbers over all processes, in float64."""
-    t = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(t)  # also the moment at which all processes wait for the slowest
-    return t.tolist()
-
-def load_prompts(path, tokenizer, limit):
-    """Prompts file -> dicts of messages, tag and ids; longer ones than `limit` tokens are left out and counted."""
-    prompts = []
-    for where, r in read_jsonl(path):
-        messages = conversation(where, r)
-        prompts.append(dict(messages=messages, tag=r.get("tag"), ids=render(tokenizer, messages)))
-    kept = [dict(p, index=i) for i, p in enumerate(prompts) if len(p["ids"]) <= limit]
-    if len(kept) < len(prompts):
-        say(f"warning: {len(prompts) - len(kept)} of {len(prompts)} prompts in {path} are longer than {limit} tokens: skipped")
-    return kept
-
-def kept_lines(path, step):
-    """The lines of a log up to `step`; later ones will be made again, and a run killed while writing leaves half a line."""
-    with open(path, encoding="utf-8") as f:
-        return "".join(line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step)
-
-def group_metrics(scores_PGK, rewards_PG, parts_PGK, axes, std_floor, device):
-    """What the reward model saw and what moves the policy in this step, over all groups of all processes.
-    std, zero_std: spread within a group, and the share of groups that an axis leaves without a signal above `std_floor`.
-    conflict: share of responses above their group's mean on one axis and below it on another, for any two axes and for each two;
-    corr: correlation of two axes within groups. share: of the variance of the advantages, the part that an axis brings; they
-    sum to 1, and an axis against which the policy is pushed has a negative one."""
-    std_PK, off_PGK = scores_PGK.std(1, correction=0), scores_PGK - scores_PGK.mean(1, keepdim=True)
-    up_PGK, down_PGK = off_PGK > std_floor, off_PGK < -std_floor  # above or below its group, by axis
-    of_P = dict(reward=rewards_PG.mean(1), reward_std=rewards_PG.std(1, correction=0), conflict=(up_PGK.any(-1) & down_PGK.any(-1)).float().mean(1))
-    for k, axis in enumerate(axes):
-        of_P |= {f"score/{axis}": scores_PGK[..., k].mean(1), f"std/{axis}": std_PK[:, k], f"zero_std/{axis}": std_PK[:, k] < std_floor,
-                 f"share/{axis}": (parts_PGK[..., k] * parts_PGK.sum(-1)).mean(1)}
-        for j, other in enumerate(axes[:k]):
-            against_PG = (up_PGK[..., k] & down_PGK[..., j]) | (down_PGK[..., k] & up_PGK[..., j])
-            of_P |= {f"conflict/{axis}~{other}": against_PG.float().mean(1), f"corr/{axis}~{other}": (off_PGK[..., k] * off_PGK[..., j]).mean(1)}
-    groups, *sums = total([len(std_PK), *(x.double().sum().item() for x in of_P.values()), *(std_PK**2).double().sum(0).tolist()], device)
-    row, var_K = {name: x / groups for name, x in zip(of_P, sums)}, [x / groups for x in sums[len(of_P):]]
-    whole = sum(row[f"share/{axis}"] for axis in axes)
-    for k, axis in enumerate(axes):
-        row[f"share/{axis}"] /= whole or 1.0
-        for j, other in enumerate(axes[:k]):
-            row[f"corr/{axis}~{other}"] /= (var_K[k] * var_K[j])**0.5 or 1.0
-    return row
-
-def stated(messages, weights_K, axes):
-    """Chat messages with the weights of the axes, in tenths, as (a part of) the system message. A policy trained with them drawn
-    at random follows the weights that a user states at inference: it is rebalanced without training."""
-    said = "weights : " + " , ".join(f"{k} {round(10 * w)}" for k, w in zip(axes, (weights_K / weights_K.sum()).tolist()))
-    own = [m["content"] for m in messages[:1] if m["role"] == "system"]
-    return [{"role": "system", "content": "\n".join([*own, said])}, *messages[len(own):]]
-
-def main(cfg):
-    # 1. Processes; signals to stop are heeded between two steps
-    if cfg.policy == "toy":
-        toy_world()
-    place = lambda given, name: f"out/toy/{name}" if given == "toy" else given  # the toy world is folders like any other
-    if cfg.dry_run:
-        return dry_run(replace(cfg, policy=place(cfg.policy, "policy")))
-    rank, world, device, dtype = join_world(cfg.dtype)
-    stop, is_toy = [], cfg.prompts == "toy"  # stop: signals received; a handler must not do more than note them
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, frame: stop.append(number))
-
-    # 2. Models: the policy in training, its frozen copy as reference, the reward model
-    torch.manual_seed(cfg.seed)  # LoRA's A starts the same on every process
-    policy = shard(Policy(place(cfg.policy, "policy"), cfg.lora_rank, cfg.lora_alpha), device, dtype, cfg.recompute, cfg.hsdp)
-    reference = None  # none for beta = 0: its memory and its forward are saved
-    if cfg.beta and not cfg.lora_rank:  # with LoRA it is the policy without its adapter
-        reference = shard(Policy(place(cfg.policy, "policy")).requires_grad_(False), device, dtype, hsdp=cfg.hsdp)
-    reward_model = shard(RewardModel(place(cfg.reward_model, "reward_model")).eval().requires_grad_(False), device, dtype, hsdp=cfg.hsdp)
-    critic = None
-    if cfg.algo == "ppo":  # the policy's body with one output a token, all of it trained: as much memory again
-        critic = shard(load(AutoModelForTokenClassification, place(cfg.policy, "policy"), num_labels=1)[0].eval(), device, dtype, cfg.recompute, cfg.hsdp)
-    check_support(policy, device, dtype)  # a second, before hours
-    axes = reward_model.axes  # K names, from the folder
-    require(not cfg.pessimism or reward_model.heads > 1, "--pessimism needs a reward model with an --ensemble of heads")
-    weight_of, floor_of = ({k: float(w) for k, _, w in (pair.partition("=") for pair in text.split(",") if pair)} for text in (cfg.weights, cfg.floors))
-    for k in [*weight_of, *floor_of]:
-        require(k in axes, f"--weights or --floors: the reward model has no axis {k}; it has {', '.join(axes)}")
-    weights_K = torch.tensor([weight_of.get(k, 1.0) for k in axes])
-    require(weights_K.sum() > 0, f"--weights={cfg.weights}: every axis weighs 0, so nothing would be learned")
-
-    # 3. Prompts, and those held out: never trained on
-    prompts = load_prompts(place(cfg.prompts, "prompts.jsonl"), policy.tokenizer, cfg.max_prompt_tokens)
-    if is_toy or cfg.heldout_prompts:
-        held = load_prompts(cfg.heldout_prompts or "out/toy/heldout_prompts.jsonl", policy.tokenizer, cfg.max_prompt_tokens)
+def render(tokenizer, messages, response=None, truncation=False):
+    """A prompt ready for its answer, or prompt and response -> token ids, by the chat template.
+    Without one (base models, encoders) it is plain text, with the separator token or line breaks
+    between its parts."""
+    if response is not None:  # a template closes it with its end token
+        messages = messages + [dict(role="assistant", content=response)]
+    asks = response is None  # then what comes next is the answer's turn
+    if tokenizer.chat_template:
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False,
+                                                 add_generation_prompt=asks)
+        except Exception as e:  # it is a program of its own: no system role, no two user turns
+            die(f"the chat template of {tokenizer.name_or_path} refuses {str(messages)[:60]}: {e}")
     else:
-        split = [is_held_out(p["messages"], min(0.05, 64 / max(1, len(prompts))), cfg.seed) for p in prompts]
-        held, prompts = [p for p, h in zip(prompts, split) if h], [p for p, h in zip(prompts, split) if not h]
-    require(len(prompts) >= cfg.prompts_per_step, f"{len(prompts)} prompts to train on, fewer than --prompts_per_step={cfg.prompts_per_step}")
-    require(cfg.prompts_per_step >= world, f"--prompts_per_step={cfg.prompts_per_step}: fewer than the {world} processes")
+        separator = f" {tokenizer.sep_token} " if tokenizer.sep_token else "\n"
+        text = separator.join(m["content"] for m in messages)
+        if asks:
+            text += separator
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template,
+                     truncation=truncation)["input_ids"]
 
-    # 4. Optimizer, output folder, and where an interrupted run left off
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    parts = [dict(params=trained, peak=cfg.lr)] + ([dict(params=list(critic.parameters()), peak=cfg.critic_lr)] if critic else [])
-    optimizer = torch.optim.AdamW(parts, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    models = nn.ModuleDict(dict(policy=policy, critic=critic)) if critic else policy  # what a checkpoint holds, and besides:
-    state = dict(step=0, updates=0, skipped=0, log_lambda={})
-    path = lambda name: os.path.join(cfg.out_dir, name)
-    found = find_checkpoint(path("checkpoint")) if cfg.resume else None
-    if found:
-        state = load_checkpoint(found, models, optimizer)
-        say(f"resuming {cfg.out_dir} after step {state['step']}")
-    dist.barrier()  # nobody still looks for a checkpoint while the folder is made
-    if rank == 0:
-        say(f"no checkpoint in {cfg.out_dir}: starting from the beginning") if cfg.resume and not found else None
-        fresh_folder(cfg.out_dir) if not found else None
-        write_text(path("config.json"), json.dumps(asdict(cfg), indent=1))
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            write_text(path(name), kept_lines(path(name), state["step"]) if found else "")
+# --------------------------------------------------------------------------------------------------
+# 4.10 Errors, the terminal, flags
 
-    def log(name, new):
-        if rank == 0:
-            with open(path(name), "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
+transformers.utils.logging.disable_progress_bar()  # it would bury our lines
+logging.disable(logging.ERROR)  # tracebacks that torch logs of errors which we tell in a line
+# Slices are read by each process alone; no output of an FSDP2-wrapped module is changed in place
+warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped module")
+HERE = os.path.dirname(os.path.abspath(__file__))  # beside data/
+IS_FIRST = os.environ.get("RANK", "0") == "0"  # one process speaks for all
 
-    def reference_logp(groups):
-        policy.adapted = False  # the base model, bit for bit: LoRA's reference costs no memory
-        logp_N = logp(reference or policy, groups, cfg.temperature, device)
-        policy.adapted = cfg.lora_rank > 0
-        return logp_N
+def require(condition, message):
+    """If `condition` fails: one clear line on stderr, from one process only, and exit status 2."""
+    if not condition:
+        if IS_FIRST:
+            print("error:", " ".join(message.split()), file=sys.stderr)  # in one line
+        sys.exit(2)
 
-    def log_samples(step, groups, heldout):
-        said = lambda g: [dict(text=t, tokens=len(r), scores=dict(zip(axes, s))) for t, r, s in zip(g["text"], g["responses"], g["scores_GK"].tolist())]
-        log("samples.jsonl", collect([dict(step=step, heldout=heldout, tag=g["tag"], prompt=g["messages"][-1]["content"],
-                                           responses=said(g)) for g in groups]))
+def die(message):
+    require(False, message)
 
-    def evaluate(step):
-        """Mean scores of the held-out prompts' answers; the same random numbers every time, so that steps compare."""
-        mine = held[rank::world]  # each process its share; `total` brings the sums together
-        if cfg.steer:
-            mine = [dict(p, ids=render(policy.tokenizer, stated(p["messages"], weights_K, axes))) for p in mine]
-        groups, *_ = rollout(policy, reward_model, mine, [(cfg.seed, "eval", p["index"]) for p in mine], cfg.eval_samples, cfg, device)
-        log_samples(step, groups, True)
-        names = [f"eval/{k}" for k in axes] + ([f"true/{k}" for k in true_scores("", "")] if is_toy else [])
-        truth = lambda g, text: true_scores(g["messages"][-1]["content"], text).values() if is_toy else ()
-        rows = [[1.0, *s_K, *truth(g, text)] for g in groups for text, s_K in zip(g["text"], g["scores_GK"].tolist())]
-        n, *sums = total([sum(column) for column in zip([0.0] * (1 + len(names)), *rows)], device)
-        log("metrics.jsonl", [dict(step=step, **{k: s / n for k, s in zip(names, sums)})])
+def last_line(error):
+    """What went wrong, without the traceback that a DCP error carries along."""
+    return str(error).strip().split("\n")[-1]
 
-    say(f"policy of {sum(p.numel() for p in policy.parameters()) / 1e6:.3g}M parameters on {world} process{'es' * (world > 1)}, "
-        f"{str(dtype).removeprefix('torch.')} compute; {len(prompts)} prompts, {len(held)} more held out\n"
-        f"reward = " + " + ".join(f"{w:g} {k}" for k, w in zip(axes, weights_K.tolist())))
-    if os.path.exists(trust := f"{place(cfg.reward_model, 'reward_model')}/heldout.json"):
-        (_, table), = read_jsonl(trust)  # the policy becomes what the reward model measures: say how well it does
-        say("reward model on held-out ratings: " + ", ".join(f"{k} r2 {r['r2'] or 0:.2f} pairs {r['pairs'] or math.nan:.2f}" for k, r in table.items()))
-    if held and state["step"] == 0:
-        evaluate(0)
-    rate = matmul_rate(device, dtype)
-    bar, bad_in_a_row = progress("aligning", cfg.steps, state["step"]), 0
-    for step in range(state["step"] + 1, cfg.steps + 1):
-        begin = time.perf_counter()
-        # 5. Sample a group for each prompt of the step, and score it; every process takes its share of the prompts
-        epoch, i = divmod((step - 1) * cfg.prompts_per_step, len(prompts) // cfg.prompts_per_step * cfg.prompts_per_step)
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed * 100003 + epoch)).tolist()
-        mine = [prompts[j] for j in order[i:i + cfg.prompts_per_step][rank::world]]
-        if cfg.steer:  # Dirichlet(0.3, ..., 0.3): one or two axes have most of the weight, or all weightings would want the same
-            drawn = [random.Random(repr((cfg.seed, step, p["index"]))) for p in mine]
-            drawn = [torch.tensor([rng.gammavariate(0.3, 1.0) + 1e-6 for _ in axes]) for rng in drawn]
-            drawn = [e / e.mean() * weights_K for e in drawn]
-            mine = [dict(p, weights_K=w, ids=render(policy.tokenizer, stated(p["messages"], w, axes))) for p, w in zip(mine, drawn)]
-        groups, sec_sample, sec_score = rollout(policy, reward_model, mine, [(cfg.seed, step, p["index"]) for p in mine],
-                                                cfg.group_size, cfg, device, cfg.pessimism)
-        log_samples(step, groups, False)
+def one_of(flag, value, known):
+    require(value in known, f"--{flag}={value}: expected one of {', '.join(known)}")
 
-        # 6. Advantages; the loss weight of each token, from the size of the whole step over all processes
-        scores_PGK = torch.stack([g["scores_GK"] for g in groups])
-        weights_PK = torch.stack([g.get("weights_K", weights_K) for g in groups])
-        lambda_K = torch.tensor([math.exp(state["log_lambda"].get(k, 0.0)) if k in floor_of else 0.0 for k in axes])
-        rewards_PG, advantages_PG, parts_PGK = advantages(scores_PGK, weights_PK, cfg, lambda_K, device)
-        metrics = group_metrics(scores_PGK, rewards_PG, parts_PGK, axes, cfg.std_floor, device)
-        for k, floor in floor_of.items():  # dual ascent: a multiplier grows while its axis is below its floor
-            state["log_lambda"][k] = max(-5.0, min(5.0, state["log_lambda"].get(k, 0.0) + cfg.dual_lr * (floor - metrics[f"score/{k}"])))
-        for g, rewards_G, advantages_G in zip(groups, rewards_PG, advantages_PG):
-            g["advantages_G"] = rewards_G if cfg.algo == "ppo" else advantages_G
-            if cfg.algo == "dpo":  # of the group only the best and the worst are trained on
-                pair = [int(rewards_G.argmax()), int(rewards_G.argmin())]
-                g.update(advantages_G=advantages_G[pair].sign(), **{k: [g[k][i] for i in pair] for k in ("responses", "sampled", "ended")})
-        batches = micro_batches(groups, cfg.micro_tokens, 2 if cfg.algo == "dpo" else 1)  # longest rows first
-        lengths = [len(r) for g in groups for r in g["responses"]]
-        responses, tokens, ended, flops = total([len(lengths), sum(lengths), sum(sum(g["ended"]) for g in groups),
-                                                 train_flops(policy, [(g["ids"], g["responses"]) for g in groups], cfg)], device)
-        for b in batches:
-            b["weight"] = token_weights(b["rows"], cfg.loss_norm, cfg.max_new_tokens, responses, tokens)
-        # FSDP gathers weights in every forward, so all processes must run equally many: those with fewer repeat one at weight 0
-        most = max(collect([len(batches)]))
-        batches += [{**batches[-1], "weight": 0 * batches[-1]["weight"]}] * (most - len(batches))
+def is_number(x):
+    """Is x a finite number, or a string that spells one? (True, NaN and Infinity are not.)"""
+    spelling = r"\s*[-+]?(\d{1,20}\.?\d*|\.\d+)(e[-+]?\d\d?)?\s*"  # too short for infinity
+    return bool(re.fullmatch(spelling, str(x), re.I))
 
-        if critic:
-            ppo_credit(batches, policy, critic, reference_logp, cfg, device)
+def say(message):
+    """Print once, not once a process, and without tearing a progress bar."""
+    if IS_FIRST:
+        tqdm.write(message)
+        sys.stdout.flush()  # a pipe would hold lines back
 
-        # 7. Update: `epochs` optimizer steps on the same rollout, each over all micro-batches of all processes
-        schedule = min(1, step / max(1, cfg.warmup)) * (0.55 + 0.45 * math.cos(math.pi * step / cfg.steps))
-        sums = torch.zeros(5, dtype=torch.float64, device=device)
-        for inner in range(cfg.epochs):
-            for b in batches:
-                new = logp(policy, b["rows"], cfg.temperature, device)
-                if inner == 0:
-                    old = new.detach()  # the sampling policy in the trainer's own arithmetic: rho is 1, no extra forward
-                    with torch.no_grad():
-                        ref = b["ref"] if critic else reference_logp(b["rows"]) if cfg.beta else old
-                    weight, advantage, gap = b["weight"].to(new), b["advantage"].to(new), old - b["sampled"].to(new)
-                    # Truncated importance weight: the sampler's rounding differs from the trainer's; above 2 it is cut
-                    b.update(old=old, ref=ref, weight=weight, advantage=advantage * gap.exp().clamp(max=2.0))
-                    sums[3:] += torch.stack([(gap.abs() * (weight != 0)).sum(), -(old * (weight != 0)).sum()])
-                loss, kl, clipped = objective(new, b["old"], b["ref"], b["advantage"], b["weight"], cfg, 0.0 if critic else cfg.beta)
-                if cfg.algo == "dpo":
-                    loss = dpo_objective(new, b["ref"], b["advantage"], b["weight"], b["rows"], cfg.beta, responses)
-                (loss * world).backward()  # FSDP averages gradients over processes, but the weights sum to 1 over them all
-                if critic:
-                    ((values(critic, b["rows"], device) - b["returns"])**2 * b["weight"] / 2).sum().mul(world).backward()
-                sums[:3] += torch.stack([loss.detach(), kl, clipped]) / cfg.epochs
-            norms = [nn.utils.clip_grad_norm_(part["params"], cfg.grad_clip).full_tensor() for part in optimizer.param_groups]
-            grad_norm = sum(norms).item()  # a CPU-GPU sync point
-            if math.isfinite(grad_norm):  # also false when the loss is not finite
-                for part in optimizer.param_groups:
-                    part["lr"] = part["peak"] * schedule
-                optimizer.step()
-                state["updates"], bad_in_a_row = state["updates"] + 1, 0
-            else:
-                state["skipped"], bad_in_a_row = state["skipped"] + 1, bad_in_a_row + 1
-                say(f"warning: step {step}: the gradient is not finite; step skipped ({state['skipped']} so far)")
-            optimizer.zero_grad()
-        loss, kl, clipped, gap, surprise = total(sums.tolist(), device)  # summed once a step: one more sync point
-        state["step"] = step
-        seconds = time.perf_counter() - begin  # all processes have met in `total`, so this is the slowest one
+def boolean(text):
+    """"True" or "false" -> bool; anything else is a ValueError, which the parser tells."""
+    return bool(("false", "true").index(text.lower()))
 
-        # 8. Log, evaluate, save
-        sec_train, lambdas = seconds - sec_sample - sec_score, {f"lambda/{k}": math.exp(x) for k, x in state["log_lambda"].items()}
-        row = dict(step=step, loss=loss, **metrics, **lambdas, kl=kl if cfg.beta else None, clip_frac=clipped, grad_norm=grad_norm,
-                   entropy=surprise / tokens, length=tokens / responses, truncated=1 - ended / responses, lr=cfg.lr * schedule,
-                   sampler_gap=gap / tokens, skipped=state["skipped"])
-        row.update({"sec/sample": sec_sample, "sec/score": sec_score, "sec/train": sec_train, "tok_per_s": tokens / seconds,
-                    "mfu": flops / (sec_train * rate * world), "peak_gb": peak_gb(device)})
-        log("metrics.jsonl", [{k: v if v is None or math.isfinite(v) else None for k, v in row.items()}])
-        bar.update()
-        scored = "  ".join(f"{k} {row[f'score/{k}']:.2f} ({row[f'share/{k}']:.0%})" for k in axes)  # in brackets: what moves the policy
-        say(f"step {step:>4}  reward {row['reward']:.3f}  {scored}  kl {kl:.3f}  length {row['length']:.0f}  {seconds:.2f} s  "
-            f"{row['tok_per_s']:.0f} tok/s  mfu {row['mfu']:.0%}  {row['peak_gb']:.1f} GB")
-        require(bad_in_a_row < 10, "ten steps in a row had a gradient that is not finite: stopped; try a smaller --lr")
-        if held and (step == cfg.steps or cfg.eval_interval and step % cfg.eval_interval == 0):
-            evaluate(step)
-        stopping = total([len(stop)], device)[0] > 0  # a signal may have reached one process only: all agree to stop
-        if stopping or step == cfg.steps or cfg.save_interval and step % cfg.save_interval == 0:
-            save_checkpoint(path("checkpoint"), models, optimizer, state)
-        if stopping:
-            break
-    bar.close()
+def parse(config_class, argv, doc, toy={}):
+    """`--key=value` or `--key value` for the fields of a dataclass (`--flag` alone for True) -> an
+    instance; anything else is one error line. `toy`: defaults that hold while the first field is
+    "toy", and its value then: a 0.3M-parameter model wants a rate that would ruin a 7B one."""
+    manual = doc
+    for cls in reversed(config_class.__mro__[:-1]):  # of a fork its own knobs come last
+        manual += inspect.getsource(cls).partition("    def ")[0]  # each knob with its why
+    parser = argparse.ArgumentParser(
+        description=f"{manual}\nin the toy world: {toy}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS)  # what is not typed stays away, for `toy` to fill
+    parser.error = die  # in one line, from one process
+    for field in fields(config_class):
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", type=boolean, nargs="?", const=True)
+        else:
+            parser.add_argument(f"--{field.name}", type=type(field.default))
+    given = vars(parser.parse_args(argv))  # only what was typed
+    first = fields(config_class)[0].name
+    if toy and given.get(first, "toy") == "toy":
+        given = toy | given | {first: toy[first]}
+    return config_class(**given)
 
-    # 9. Save the aligned policy as a Hugging Face folder, and show what changed
-    if state["step"] < cfg.steps:
-        say(f"stopped after step {state['step']}, saved in {path('checkpoint')}; --resume goes on from there")
-    else:
-        save_folder(policy.lm, policy.tokenizer, path("policy"), policy.lm.saved_dtype)
-        if cfg.lora_rank:
-            save_adapter(policy, path("adapter"), place(cfg.policy, "policy"))
-        if rank == 0:
-            report(cfg.out_dir, axes)
+TOY = dict(policy="out/toy/policy", reward_model="out/toy/reward_model",
+           prompts="out/toy/prompts.jsonl", heldout_prompts="out/toy/heldout_prompts.jsonl",
+           truth=f"{HERE}/data/toy/truth.py", prompts_per_step=16, max_new_tokens=48, steps=80,
+           lr=8e-4, beta=0.08, recompute=False)  # defaults while --policy=toy
 
-def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product: what this device does at most, measured rather than looked up."""
-    n = 8192 if device.type == "cuda" else 1024
-    timer = Timer("a @ a", globals=dict(a=torch.randn(n, n, device=device, dtype=dtype)), num_threads=torch.get_num_threads())
-    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.1).median
-
-def train_flops(policy, rows, cfg):
-    """FLOP that an update on `rows`, [(prompt_ids, [response_ids, ...]), ...], must do: 2 a weight and token forward, 4 backward
-    (2 with LoRA: none for the frozen weights), 2 for the reference; n^2 / 2 pairs for causal attention. Recomputation and
-    padding are overhead, not work, and do not count."""
-    text = policy.lm.config.get_text_config()
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    weights = sum(p.numel() for p in blocks(policy).parameters())
-    forward = sum(2 * weights * n + 2 * text.vocab_size * text.hidden_size * len(r) + 2 * len(blocks(policy)) * width * n * n
-                  for p, rs in rows for r in rs for n in [len(p) + len(r)])
-    return forward * (cfg.epochs * (2 if cfg.lora_rank else 3) + (cfg.beta > 0))
-
-def peak_gb(device):
-    """Most memory this process has held, in GiB: of the GPU's, or without one the host's."""
-    cuda = device.type == "cuda"
-    return torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-def report(out_dir, axes):
-    """The end of a run: held-out scores before and after, three prompts with both answers, where everything is."""
-    evals = [r for _, r in read_jsonl(f"{out_dir}/metrics.jsonl") if f"eval/{axes[0]}" in r]
-    samples = [r for _, r in read_jsonl(f"{out_dir}/samples.jsonl") if r["heldout"]]
-    if len(evals) > 1:
-        first, last = evals[0], evals[-1]
-        kinds = ["eval", "true"] if f"true/{axes[0]}" in first else ["eval"]
-        say("\nheld-out prompts     learned score" + "           true score" * (len(kinds) > 1))
-        say("                  " + "  before   after     " * len(kinds))
-        for r in (first, last):
-            r.update({f"{kind}/mean": sum(r[f"{kind}/{k}"] for k in axes) / len(axes) for kind in kinds})
-        for k in [*axes, "mean"]:
-            say(f"  {k:<16}" + "     ".join(f"{first[f'{kind}/{k}']:>8.3f}{last[f'{kind}/{k}']:>8.3f}" for kind in kinds))
-        after = {r["prompt"]: r for r in samples if r["step"] == last["step"]}
-        before = [r for r in samples if r["step"] == first["step"]]
-        for r in before[::max(1, len(before) // 3)][:3]:
-            say(f"\n  {r['prompt']}\n    before: {r['responses'][0]['text']}\n    after:  {after[r['prompt']]['responses'][0]['text']}")
-    say(f"\nsaved in {out_dir}: policy/ (a Hugging Face folder), metrics.jsonl, samples.jsonl, checkpoint/ (for --resume)")
+def launch(main, config_class, doc, toy={}):
+    """What every script does when it is run: flags, the toy world if it is asked for, `main(cfg)`.
+    A full disk or an unwritable folder is one line, too."""
+    cfg = parse(config_class, sys.argv[1:], doc, toy)  # a wrong flag ends it here
+    try:
+        # Some value begins with out/toy/, which is not there: a program of its own makes it. To all
+        # the rest the toy is folders like any other; other processes wait in `join_world`
+        if "'out/toy/" in repr(cfg) and IS_FIRST and not os.path.exists("out/toy"):
+            os.environ["PYTHONPATH"] = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
+            made = subprocess.run([sys.executable, "-m", "data.toy.prepare"])
+            require(made.returncode == 0, f"the toy world could not be made by {HERE}/data/toy; "
+                    "without it give --policy, --prompts, and --reward_model or --rules")
+        main(cfg)
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while another still needs it
+        sys.stdout.flush()
+        os._exit(0)  # at a normal exit gloo's threads now and then abort a finished process
+    except (OSError, SafetensorError, dcp.CheckpointException) as e:
+        die(last_line(e))
 
 
 if __name__ == "__main__":
-    run(main, parse(Config, sys.argv[1:], __doc__, TOY))
+    launch(main, Config, __doc__, TOY)
