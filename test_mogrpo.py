@@ -7,7 +7,6 @@ order of the files: mogrpo.py, reward_model.py, data/, ablations/, eval.py, benc
 Benchmarks are commands, not tests.
 """
 import dataclasses
-import functools
 import gzip
 import importlib.util
 import json
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import weakref
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # for the CPU, also on a GPU machine
 
@@ -33,8 +33,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from unittest.mock import DEFAULT, Mock
-from unittest.mock import Mock
 
 import data.judge.prepare as judge
 import data.toy.prepare as toy_world
