@@ -25,7 +25,6 @@ What it is not: a judge of truth. It measures what the reward model sees, and a 
 against that model may have learned to please it. Score with a second reward model, give a --truth
 where there is one (the toy world has), or read the samples.
 """
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -108,7 +107,7 @@ def answers_of(policy, reward_models, rules, truth, cfg, rank, world):
     """A policy's answers to the prompts that it can read -> {prompt index: list of answers}, each a
     dict with M `values`. All processes call it, each answers its share, all get the whole."""
     # Each policy has its own tokenizer and chat template, so the same prompt has its own ids
-    prompts = mogrpo.load_prompts(cfg.prompts, policy.tokenizer, cfg.max_prompt_tokens)
+    prompts = mogrpo.load_prompts(cfg.prompts, policy, cfg)
     require(prompts, f"{cfg.prompts}: no prompt has at most {cfg.max_prompt_tokens} tokens")
     own = prompts[rank::world]
     # The random numbers are the same for every policy
@@ -200,20 +199,21 @@ def main(cfg):
     _, record = next(mogrpo.read_jsonl(cfg.prompts))  # rules are tried on it
     rules = mogrpo.load_rules(cfg.rules, record)
     truth = mogrpo.load_rules(cfg.truth, record)
-    reward_models = []
-    for path in filter(None, cfg.reward_model.split(",")):
-        reward_model = mogrpo.load_reward_model(path).requires_grad_(False)
-        reward_models.append(shard(reward_model, dtype))
+    reward_models = mogrpo.load_reward_models(cfg.reward_model, dtype)
     axes = mogrpo.axes_of(reward_models, rules)
     true_axes = [f"true {axis}" for axis in mogrpo.axes_of([], truth)]
     measures = [*axes, *true_axes, "tokens"]
 
     # 2. Every policy answers every prompt; only one policy is in memory at a time
     answers = {}
-    for name, path in paths.items():
-        say(f"{name}: {path} answers and is scored")
-        policy = shard(Policy(path).requires_grad_(False), dtype)
-        answers[name] = answers_of(policy, reward_models, rules, truth, cfg, rank, world)
+    mogrpo.catch_signals()
+    try:
+        for name, path in paths.items():
+            say(f"{name}: {path} answers and is scored")
+            policy = shard(Policy(path).requires_grad_(False), dtype)
+            answers[name] = answers_of(policy, reward_models, rules, truth, cfg, rank, world)
+    except mogrpo.Stopped:  # by a signal: the policies that are through are compared
+        require(answers, "stopped before the first policy was through: there is nothing to keep")
 
     # 3. Compare on the prompts that all policies could read: tokenizers differ, and so do lengths
     base = next(iter(answers))
@@ -243,10 +243,10 @@ def main(cfg):
 
 def write(cfg, paths, tables, answers, axes):
     """Everything into cfg.out_dir, made only now: a run that fails leaves nothing behind."""
-    mogrpo.fresh_folder(cfg.out_dir)
-    result = json.dumps(dict(policies=paths, config=asdict(cfg), table=tables))
-    clean = json.loads(result, parse_constant=lambda _: None)  # nan is not JSON
-    mogrpo.write_text(f"{cfg.out_dir}/eval.json", json.dumps(clean, indent=1))
+    mogrpo.set_aside(cfg.out_dir)
+    os.makedirs(cfg.out_dir)
+    result = dict(policies=paths, config=asdict(cfg), table=tables)
+    mogrpo.write_text(f"{cfg.out_dir}/eval.json", mogrpo.to_json(result, indent=1))
     lines = []
     for name, by_prompt in answers.items():
         for answer in sum(by_prompt.values(), []):  # of all prompts, in a row
@@ -254,7 +254,7 @@ def write(cfg, paths, tables, answers, axes):
             answer["tokens"] = values_M[-1]
             answer["scores"] = dict(zip(axes, values_M))  # the axes are the first K measures
             sample = dict(policy=name) | answer
-            lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
+            lines.append(mogrpo.to_json(sample) + "\n")
     mogrpo.write_text(f"{cfg.out_dir}/samples.jsonl", "".join(lines))
     if cfg.picture:
         draw(f"{cfg.out_dir}/eval.png", tables["all"])

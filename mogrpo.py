@@ -55,6 +55,7 @@ Shapes stand in names, so rewards_PG is [P, G]; a 1 is a dimension kept for broa
 Parts: 1 the objective, 2 group sampling, 3 the loop, 4 machinery. On a first reading stop after 3.
 """
 import argparse
+import fcntl
 import gzip
 import hashlib
 import inspect
@@ -62,6 +63,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import resource
 import runpy
@@ -71,6 +73,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -83,11 +86,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import transformers
-from huggingface_hub import snapshot_download  # comes with transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, set_model_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -139,21 +143,26 @@ class Config:
     resume: bool = False          # continue from out_dir/checkpoint
     seed: int = 0                 # order of prompts and every sampled token
 
+    # What --resume must find as it was
+    kept = ("policy reward_model rules prompts heldout_prompts combine floors max_prompt_tokens "
+            "prompts_per_step lora_rank lora_alpha seed")
+
     def __post_init__(self):
         positive = ("prompts_per_step max_prompt_tokens max_new_tokens sample_rows temperature "
                     "steps lr epochs grad_clip micro_tokens eval_samples std_floor lora_alpha")
         for name, value in vars(self).items():
             if not isinstance(value, str):
                 least = 1e-12 if name in positive.split() else 0
-                require(least <= value < math.inf, f"--{name}={value}: must not be negative, nor 0 "
-                        "where that is senseless")
+                require(least <= value < 1e12, f"--{name}={value}: must not be negative, nor 0 "
+                        "where that is senseless, nor huge")
+        require(self.temperature > 0.01, f"--temperature={self.temperature}: too near 0")
         require(self.group_size > 1, f"--group_size={self.group_size}: a group of one teaches "
                 "nothing; take at least 2")
         one_of("combine", self.combine, ("sum", "gdpo", "lagrangian"))
         one_of("loss_norm", self.loss_norm, ("sequence", "token", "constant"))
         one_of("dtype", self.dtype, DTYPES)
-        axis_numbers("weights", self.weights)
-        axis_numbers("floors", self.floors)
+        axis_numbers("weights", self.weights, 1e6)
+        axis_numbers("floors", self.floors, 1)
         require((self.combine == "lagrangian") == (self.floors != ""),
                 "--combine=lagrangian and --floors=axis=score go together")
 
@@ -208,7 +217,9 @@ def objective(logp_N, old_logp_N, ref_logp_N, advantage_N, token_share_N, cfg):
     clipped_gain_N = clipped_rho_N * advantage_N
     gain_N = torch.min(free_gain_N, clipped_gain_N)  # the worse: clipping only takes gain away
 
-    d_N = ref_logp_N - logp_N
+    # Where pi has fallen to a twentieth of pi_ref one token would outweigh all others by exp(d): no
+    # further (verl bounds k3 at 10). Such tokens are hardly ever sampled
+    d_N = (ref_logp_N - logp_N).clamp(max=3)
     k3_N = d_N.exp() - d_N - 1  # Schulman's: in mean over pi it is -d, the KL, but varies less
 
     loss = -(token_share_N * (gain_N - cfg.beta * k3_N)).sum()
@@ -236,11 +247,9 @@ def uniforms(keys, n):
     batching, or of which neighbours have ended; and resuming needs no state."""
     rows = []
     for key in keys:
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-        # On the CPU its stream is the same on every machine
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        rows.append(torch.rand(n, dtype=torch.float64, generator=generator))
-    return torch.stack(rows)
+        rng = random.Random(repr(key))  # seeded by a hash of that text, alike on every machine
+        rows.append([rng.random() for _ in range(n)])
+    return torch.tensor(rows, dtype=torch.float64)
 
 def pick(logits_RV, u_R):
     """Next tokens and their log-probs: the inverse CDF of softmax(logits) at u."""
@@ -278,33 +287,32 @@ def sample(policy, prompts, u_BT, temperature):
     # 2. Hand the prompt's cache to the G rows of its group: G times less prefill than row by row.
     cache.batch_repeat_interleave(G)
     logits_RV = logits_PV.repeat_interleave(G, 0)
-    padding_R1 = padding_P1.repeat_interleave(G, 0)
+    padding_B1 = padding_P1.repeat_interleave(G, 0)
 
     # 3. Decode, a token a turn for every row at once.
     rows_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
-    ended_R = torch.zeros(B, dtype=torch.bool, device=DEVICE)
-    length_B = torch.full((B,), T, device=DEVICE)
+    ended_B = torch.zeros(B, dtype=torch.bool, device=DEVICE)
     for t in range(T):
         token_R, logp_R = pick(logits_RV, u_BT[rows_R, t])
         tokens_BT[rows_R, t] = token_R
         logp_BT[rows_R, t] = logp_R.double()
-        ends_now_R = torch.isin(token_R, end_tokens) & ~ended_R  # its first end token
-        length_B[rows_R] = torch.where(ends_now_R, t + 1, length_B[rows_R])
-        ended_R |= ends_now_R  # what such a row writes from now on is cut off below
-        if t + 1 == T:  # the last token needs no successor
+        ended_B[rows_R] |= torch.isin(token_R, end_tokens)  # what comes after is cut off below
+        if t + 1 == T or must_stop():  # the last token needs no successor; nor a step given up
             break
-        keep = (~ended_R).nonzero().squeeze(-1)  # a CPU-GPU sync point; the library's mask is one
+        keep = (~ended_B[rows_R]).nonzero().squeeze(-1)  # a CPU-GPU sync; the library's mask is one
         if len(keep) == 0:
             break
         if 2 * len(keep) <= len(rows_R):  # half or more have ended: go on without them
             cache.batch_select_indices(keep)  # copies what is kept, at most log2(B) times
             rows_R = rows_R[keep]
-            ended_R = ended_R[keep]
-            token_R = token_R[keep]
-            padding_R1 = padding_R1[keep]
-        logits_RV = policy(token_R[:, None], temperature, past_key_values=cache,
+        padding_R1 = padding_B1[rows_R]
+        logits_RV = policy(tokens_BT[rows_R, t:t + 1], temperature, past_key_values=cache,
                            attention_mask=columns[:L + t + 1] >= padding_R1,
                            position_ids=L + t - padding_R1)
+
+    # 4. A response ends with its first end token, or at T.
+    is_end_BT = torch.isin(tokens_BT, end_tokens)
+    length_B = torch.where(is_end_BT.any(1), is_end_BT.int().argmax(1) + 1, T)
     lengths = length_B.tolist()
     responses = [tokens[:n] for tokens, n in zip(tokens_BT.tolist(), lengths)]
     return responses, [logp_T[:n] for logp_T, n in zip(logp_BT.cpu(), lengths)]
@@ -317,6 +325,8 @@ def rollout(policy, prompts, stream, group_size, cfg):
     prompts_at_once = max(1, cfg.sample_rows // group_size)
     with gathered(policy):
         for first in range(0, len(prompts), prompts_at_once):
+            if must_stop():
+                break
             batch = prompts[first:first + prompts_at_once]
             keys = [(*stream, prompt["index"], g) for prompt in batch for g in range(group_size)]
             responses, logps = sample(policy, [prompt["ids"] for prompt in batch],
@@ -325,6 +335,7 @@ def rollout(policy, prompts, stream, group_size, cfg):
             for b, response in enumerate(responses):
                 rows.append(dict(prompt=batch[b // group_size], response=response, text=texts[b],
                                  sampler_logp=logps[b]))
+    heed_signals()  # what was left half done is not returned
     return rows
 
 def score_responses(rows, reward_models, rules):
@@ -366,9 +377,11 @@ def grpo_step(run, step):
     scored = time.perf_counter()
     scores_PGK = scores_BK.unflatten(0, (len(prompts), cfg.group_size))
     all_scores_PGK = torch.tensor(collect(scores_PGK.tolist()))
+    sound_P = sound_groups(run, step, all_scores_PGK)  # a group with a NaN is left out
     rewards_PG, advantages_PG, parts_PGK = advantages(
         all_scores_PGK, run.weights_K, cfg, multipliers(run))
-    metrics = group_metrics(all_scores_PGK, rewards_PG, advantages_PG, parts_PGK, run.axes, cfg)
+    metrics = group_metrics(all_scores_PGK[sound_P], rewards_PG[sound_P], advantages_PG[sound_P],
+                            parts_PGK[sound_P], run.axes, cfg)
     move_multipliers(run, metrics)  # for the next step
 
     # 4. Update the policy: `grpo_update`, unless a fork has set its own
@@ -391,6 +404,7 @@ def grpo_update(run, rows, rewards_B, advantages_B, step):
         for batch in batches:
             logp_N = response_logp(run.policy, batch.rows, cfg.temperature)
             if epoch == 0:
+                heed_signals()  # nothing is changed yet
                 # pi_old is the policy before this update: these very log-probs, held fixed, for no
                 # optimizer step comes before all batches are through. So there is no extra forward;
                 # rho is exp(0) = 1, and its gradient is that of log pi.
@@ -410,12 +424,13 @@ def grpo_update(run, rows, rewards_B, advantages_B, step):
             sums["loss"] += loss.detach() / cfg.epochs
             sums["kl"] += kl / cfg.epochs
             sums["clip_frac"] += clip_frac / cfg.epochs
-        grad_norm = optimizer_step(run, step)
+        grad_norm = optimizer_step(run, step, reward=advantages_B.sum(), loss=sums["loss"])
     return step_metrics(run, sums, counts, grad_norm)
 
-def optimizer_step(run, step):
+def optimizer_step(run, step, **causes):
     """Clip, step with the learning rate of `step`, zero -> the gradient's norm. A gradient that is
-    not finite is skipped and counted; ten in a row stop the run."""
+    not finite is skipped and counted, and told with its possible `causes`; ten in a row stop the
+    run."""
     cfg = run.cfg
     state = run.state
     warmup = min(1, step / max(1, cfg.warmup))
@@ -432,34 +447,40 @@ def optimizer_step(run, step):
     else:
         state["skipped"] += 1
         state["skipped_in_a_row"] += 1
-        say(f"warning: step {step}: the gradient is not finite; {state['skipped']} skipped so far")
+        state["fault"] = f"step {step} not finite: {total(causes) | dict(gradient=grad_norm)}"
+        say(f"warning: {state['fault']}; {state['skipped']} skipped so far")
     run.optimizer.zero_grad()  # to None: no gradient memory while sampling
-    require(state["skipped_in_a_row"] < 10, "ten steps in a row had a gradient that is not finite: "
-            "stopped; try a smaller --lr")
+    require(state["skipped_in_a_row"] < 10, f"ten updates in a row were skipped: {state['fault']}")
     return grad_norm
 
 def train(run, one_step):
     """Call `one_step(run, step)` (here `grpo_step`; a fork hands over its own) until cfg.steps, and
     log, evaluate, save, stop and resume around it."""
     cfg = run.cfg
-    open_out_dir(run)  # a fresh folder, or the state of the run to resume
-    if run.state["step"] == 0:
-        evaluate(run, 0)
-    steps = range(run.state["step"] + 1, cfg.steps + 1)
-    for step in tqdm(steps, "aligning", disable=run.rank > 0 or None, leave=False):
-        metrics = one_step(run, step)
-        run.state["step"] = step
-        log_step(run, step, metrics)
-        is_last = step == cfg.steps
-        if is_last or cfg.eval_interval and step % cfg.eval_interval == 0:
-            evaluate(run, step)
-        # A signal to stop may have reached one process only, so all agree
-        signals = sum(collect([len(run.signals)]))
-        if is_last or signals or cfg.save_interval and step % cfg.save_interval == 0:
-            save_run(run)
-        if signals and not is_last:
-            say(f"stopped after step {step}, saved in {cfg.out_dir}; --resume goes on from there")
-            return
+    state = run.state
+    open_out_dir(cfg, run.trained, run.optimizer, state)  # a fresh folder, or the run to resume
+    cut_logs(run)
+    saved = state["step"]
+    catch_signals()
+    try:
+        steps = range(saved + 1, cfg.steps + 1)
+        for step in tqdm(steps, "aligning", disable=run.rank > 0 or None, leave=False):
+            # Before the step, not after the last one: so a resumed run evaluates there, too
+            if step == 1 or cfg.eval_interval and (step - 1) % cfg.eval_interval == 0:
+                evaluate(run, step - 1)
+            metrics = one_step(run, step)
+            state["step"] = step
+            log_step(run, step, metrics)
+            if step == cfg.steps or cfg.save_interval and step % cfg.save_interval == 0:
+                save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
+                saved = step
+        evaluate(run, cfg.steps)
+    except Stopped:  # on all processes at once; what the next step had begun is dropped
+        if state["step"] > saved:
+            save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
+        say(f"stopped after step {state['step']}, saved in {cfg.out_dir}; --resume goes on there")
+        return
+    require(state["updates"] > 0, f"nothing was learned, no update succeeded: {state['fault']}")
     save_folder(run.policy.lm, run.policy.tokenizer, f"{cfg.out_dir}/policy",
                 run.policy.lm.saved_dtype)  # as precise as the weights it began with
     if cfg.lora_rank > 0:
@@ -489,10 +510,12 @@ def evaluate(run, step):
     means = {k: x / len(run.heldout) / run.cfg.eval_samples for k, x in sums.items()}
     write_row(run, "metrics.jsonl", dict(step=step) | means)
 
-    before = run.state.setdefault("before", means)
+    before = run.state["before"]
+    if step == 0:
+        before |= {name: f"{mean:.3f}" for name, mean in means.items()}
     say(f"\n{f'held out, step {step}':<26}{'before':>8}{'now':>8}")
     for name, mean in means.items():
-        say(f"  {name:<24}{before[name]:>8.3f}{mean:>8.3f}")
+        say(f"  {name:<24}{before.get(name, '-'):>8}{mean:>8.3f}")
     for row in rows[::max(1, len(rows) // 3)][:3]:
         say(f"  > {row['prompt']['messages'][-1]['content']}\n    {row['text']}")
 
@@ -507,35 +530,32 @@ def setup(cfg):
     Nothing is written here: a run refused for its input leaves no trace."""
     require(cfg.prompts and (cfg.reward_model or cfg.rules),
             "give --prompts=FILE.jsonl, and --reward_model=DIR or --rules=FILE.py or both")
-    run = SimpleNamespace(cfg=cfg, signals=[])  # signals: noted by a handler, heeded by `train`
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: run.signals.append(received))
+    run = SimpleNamespace(cfg=cfg)
     run.rank, run.world, run.dtype = join_world(cfg.dtype)
-
-    # The policy in training, and its frozen start as reference. With LoRA the reference is the
-    # policy without its adapter: no memory of its own. With beta = 0 there is none.
+    run.mesh = device_mesh(cfg.hsdp)
     torch.manual_seed(cfg.seed)  # LoRA's A starts the same on every process
-    run.policy = shard(Policy(cfg.policy, cfg.lora_rank, cfg.lora_alpha), run.dtype,
-                       cfg.recompute, cfg.hsdp)
-    run.reference = None
-    if cfg.beta > 0 and cfg.lora_rank == 0:
-        run.reference = shard(Policy(cfg.policy).requires_grad_(False), run.dtype, hsdp=cfg.hsdp)
-    check_support(run.policy)  # a second, before hours
+    policy = Policy(cfg.policy, cfg.lora_rank, cfg.lora_alpha)  # its weights are read by `shard`
 
-    run.prompts, run.heldout = split_prompts(cfg, run.policy.tokenizer)
+    run.prompts, run.heldout = split_prompts(cfg, policy)  # what is cheap to check comes first
     require(len(run.prompts) >= cfg.prompts_per_step >= run.world, f"{cfg.prompts}: there must be "
             f"at least as many prompts to train on ({len(run.prompts)} prompts here) as "
             f"--prompts_per_step={cfg.prompts_per_step}, and these as processes ({run.world})")
     first_record = run.prompts[0]["record"]
-    run.reward_models = []  # frozen, and sharded like the policy
-    for path in filter(None, cfg.reward_model.split(",")):
-        reward_model = load_reward_model(path).requires_grad_(False)
-        run.reward_models.append(shard(reward_model, run.dtype, hsdp=cfg.hsdp))
     run.rules = load_rules(cfg.rules, first_record)
     run.truth = load_rules(cfg.truth, first_record)
+
+    # The policy in training, and its frozen start as reference. With LoRA the reference is the
+    # policy without its adapter: no memory of its own. With beta = 0 there is none.
+    run.policy = shard(policy, run.dtype, cfg.recompute, run.mesh)
+    run.reference = None
+    if cfg.beta > 0 and cfg.lora_rank == 0:
+        run.reference = shard(Policy(cfg.policy).requires_grad_(False), run.dtype, mesh=run.mesh)
+    check_finite(run.policy, cfg.policy)
+    check_support(run.policy)  # a second, before hours
+    run.reward_models = load_reward_models(cfg.reward_model, run.dtype, run.mesh)
     run.axes = axes_of(run.reward_models, run.rules)  # K names: the columns of all scores
-    weight_of = axis_numbers("weights", cfg.weights)
-    run.floor_of = axis_numbers("floors", cfg.floors)
+    weight_of = axis_numbers("weights", cfg.weights, 1e6)
+    run.floor_of = axis_numbers("floors", cfg.floors, 1)
     for axis in weight_of | run.floor_of:  # only now are the axes known
         require(axis in run.axes, f"--weights, --floors: there is no axis {axis}; there are "
                 f"{', '.join(run.axes)}")
@@ -548,8 +568,8 @@ def setup(cfg):
     trainable = [p for p in run.policy.parameters() if p.requires_grad]
     run.optimizer = torch.optim.AdamW([dict(params=trainable, peak_lr=cfg.lr)], betas=(0.9, 0.95),
                                       weight_decay=0.0)
-    run.state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, log_sizes={},
-                     log_lambda=dict.fromkeys(run.floor_of, 0.0))
+    run.state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, fault="", before={},
+                     log_sizes={}, log_lambda=dict.fromkeys(run.floor_of, 0.0))
     return run
 
 def axes_of(reward_models, rules):
@@ -557,39 +577,52 @@ def axes_of(reward_models, rules):
     axes = [axis for reward_model in reward_models for axis in reward_model.axes]
     if rules is not None:
         axes += rules.axes
-    require(len(set(axes)) == len(axes), f"two rewards have an axis of the same name: {axes}")
+    check_axes(axes, "the rewards")
     return axes
 
-def load_prompts(path, tokenizer, max_tokens):
+def check_axes(axes, where):
+    sound = all(isinstance(axis, str) and re.fullmatch(r"[^\s=,]([^=,]*[^\s=,])?", axis)
+                for axis in axes)
+    require(sound and len(set(axes)) == len(axes), f"{where}: their axes {axes} must have names, "
+            "no two the same, without , and = and spaces around")
+
+def load_prompts(path, policy, cfg):
     """Prompts file -> dicts of record (the whole line), messages, tag, ids, index; those of more
-    than `max_tokens` tokens are left out and counted."""
+    than `max_prompt_tokens` tokens are left out and counted."""
+    config = policy.lm.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
     prompts = []  # all in memory, as token ids
     for index, (where, record) in enumerate(read_jsonl(path)):
         messages = conversation(where, record)
-        ids = render(tokenizer, messages)
-        if len(ids) <= max_tokens:
-            prompts.append(dict(record=record, messages=messages, tag=record.get("tag"),
-                                index=index, ids=ids))
+        tag = record.get("tag")
+        require(isinstance(tag, str | None), f'{where}: its "tag" is not text: {tag}')
+        ids = render(policy.tokenizer, messages)
+        if len(ids) <= cfg.max_prompt_tokens:
+            fits = ids and max(ids) < config.vocab_size and len(ids) + cfg.max_new_tokens <= longest
+            require(fits, f"{where}: the model cannot read it: {len(ids)} tokens, numbers up to "
+                    f"{max(ids, default=0)}, and --max_new_tokens={cfg.max_new_tokens}, but it "
+                    f"has {config.vocab_size} tokens and {longest} positions")
+            prompts.append(dict(record=record, messages=messages, tag=tag, index=index, ids=ids))
     skipped = index + 1 - len(prompts)
     if skipped > 0:
-        say(f"warning: {skipped} prompts in {path} are longer than {max_tokens} tokens: skipped")
+        say(f"warning: {skipped} prompts in {path} are longer than "
+            f"{cfg.max_prompt_tokens} tokens: skipped")
     return prompts
 
-def split_prompts(cfg, tokenizer):
+def split_prompts(cfg, policy):
     """Prompts to train on, and those held out, which never are."""
-    prompts = load_prompts(cfg.prompts, tokenizer, cfg.max_prompt_tokens)
+    prompts = load_prompts(cfg.prompts, policy, cfg)
     if cfg.heldout_prompts:
-        return prompts, load_prompts(cfg.heldout_prompts, tokenizer, cfg.max_prompt_tokens)
+        return prompts, load_prompts(cfg.heldout_prompts, policy, cfg)
     fraction = min(0.05, 64 / max(1, len(prompts)))
-    sides = defaultdict(list)
+    sides = [], []  # not held out, held out
     for prompt in prompts:
         sides[is_held_out(prompt["messages"], fraction, cfg.seed)].append(prompt)
-    return sides[False], sides[True]
+    return sides
 
 def is_held_out(messages, fraction, seed):
     """Split by a hash of the prompt: its rows fall on one side, whatever the order of the file."""
-    digest = hashlib.sha256(repr((seed, messages)).encode()).hexdigest()
-    return int(digest[:16], 16) < fraction * 2**64
+    return random.Random(repr((seed, messages))).random() < fraction
 
 def prompts_of_step(run, step):
     """This process's prompts of a step. Each pass over the data has an order of its own, from the
@@ -597,17 +630,17 @@ def prompts_of_step(run, step):
     size = run.cfg.prompts_per_step
     steps_a_pass = len(run.prompts) // size  # what is left over waits for another pass
     finished_passes, turn = divmod(step - 1, steps_a_pass)
-    generator = torch.Generator().manual_seed(run.cfg.seed * 100003 + finished_passes)
-    order = torch.randperm(len(run.prompts), generator=generator)  # on the CPU: everywhere the same
-    numbers = order.split(size)[turn][run.rank::run.world]
-    return [run.prompts[i] for i in numbers]
+    order = list(run.prompts)
+    random.Random(repr((run.cfg.seed, finished_passes))).shuffle(order)
+    return order[turn * size:][:size][run.rank::run.world]
 
-def axis_numbers(flag, text):
+def axis_numbers(flag, text, most):
     """The value of --weights or --floors, "safety=2,politeness=1" -> {axis: number}."""
     numbers = {}
-    for pair in filter(None, text.split(",")):
+    for pair in text.split(",") if text else []:
         axis, _, number = pair.partition("=")
-        require(is_number(number) and float(number) >= 0, f"--{flag}: {pair}: expected axis=number")
+        require(axis and axis not in numbers and is_number(number) and 0 <= float(number) <= most,
+                f"--{flag}: {pair}: expected axis=number, from 0 to {most:g} and each axis once")
         numbers[axis] = float(number)
     return numbers
 
@@ -623,6 +656,7 @@ def load_reward_model(path, max_tokens=10**9, **head):
     config = model.config
     # The library finds a row's last token, where the head reads, by it
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.get_text_config().use_cache = False  # a block that is run again would append to it again
     # Too long a text loses its beginning: the response stands last
     longest = getattr(config, "max_position_embeddings", max_tokens)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, longest)
@@ -631,7 +665,20 @@ def load_reward_model(path, max_tokens=10**9, **head):
     model.tokenizer = tokenizer
     model.axes = [config.id2label[k] for k in range(config.num_labels)]
     require("LABEL_0" not in model.axes, f"{path}: its id2label does not name the axes")
+    check_axes(model.axes, path)
     return model.eval()  # no dropout: noise in a score, and in training it cost rank correlation
+
+def load_reward_models(paths, dtype, mesh=None):
+    """Folders, comma-separated -> frozen reward models, sharded like the policy."""
+    reward_models = []
+    for path in paths.split(",") if paths else []:
+        model = shard(load_reward_model(path).requires_grad_(False), dtype, mesh=mesh)
+        with gathered(model):
+            probe_K = score(model, [([dict(role="user", content="Hello")], "Hello")])[0]
+        spoiled = [axis for axis, s in zip(model.axes, probe_K) if s.isnan()]
+        check_finite(model, f"{path}: axes without a score: {spoiled}")
+        reward_models.append(model)
+    return reward_models
 
 def logits_of(reward_model, ids):
     """Lists of token ids -> logits_NK; padded on the right."""
@@ -669,6 +716,7 @@ def load_rules(path, record):
         axes = list(function(record, ""))  # in the order of its dict
     except Exception as e:  # a program of the user's
         die(f"{path}: scores(record, response) failed on an empty response: {e!r}")
+    check_axes(axes, path)
     return SimpleNamespace(path=path, scores=function, axes=axes)
 
 def rule_scores(rules, rows):
@@ -679,10 +727,24 @@ def rule_scores(rules, rows):
             scores = rules.scores(row["prompt"]["record"], row["text"])
             assert scores.keys() == set(rules.axes), f"its axes are no longer {rules.axes}"
             scores_BK[b] = torch.tensor([float(scores[axis]) for axis in rules.axes])
-            assert scores_BK[b].isfinite().all(), f"{scores} are not all finite"
         except Exception as e:
             die(f"{rules.path}: scores() failed: {e!r}")
     return scores_BK
+
+def sound_groups(run, step, scores_PGK):
+    """Which groups have finite scores only -> sound_P. The others become all equal, in place, and
+    so get no advantage; if none is left, all are NaN, and `optimizer_step` skips the loss."""
+    broken_PGK = ~scores_PGK.isfinite()
+    for axis, count in zip(run.axes, broken_PGK.sum((0, 1)).tolist()):
+        if count > 0:
+            say(f"warning: step {step}: {count} scores of {axis} are not finite: their groups are "
+                "left out")
+    sound_P = ~broken_PGK.flatten(1).any(1)
+    scores_PGK[~sound_P] = 0.0
+    if not sound_P.any():
+        scores_PGK[:] = math.nan
+        return ~sound_P
+    return sound_P
 
 def multipliers(run):
     """The lambda of each axis -> K numbers; exp(-inf) = 0 for an axis without a floor."""
@@ -694,7 +756,8 @@ def move_multipliers(run, metrics):
     log_lambda = run.state["log_lambda"]
     for axis, floor in run.floor_of.items():
         moved = log_lambda[axis] + run.cfg.dual_lr * (floor - metrics[f"score/{axis}"])
-        log_lambda[axis] = max(-5.0, min(5.0, moved))  # lambda from 0.007 to 148
+        if math.isfinite(moved):  # it is not when no group has sound scores
+            log_lambda[axis] = max(-5.0, min(5.0, moved))  # lambda from 0.007 to 148
         metrics[f"lambda/{axis}"] = math.exp(log_lambda[axis])
 
 def group_metrics(scores_PGK, rewards_PG, advantages_PG, parts_PGK, axes, cfg):
@@ -728,8 +791,10 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.tokenizer = load(AutoModelForCausalLM, path)
         self.lm.eval()  # dropout would make rho differ from 1
-        if os.path.exists(f"{self.lm.folder}/generation_config.json"):
-            self.lm.generation_config = GenerationConfig.from_pretrained(self.lm.folder)
+        try:
+            self.lm.generation_config = GenerationConfig.from_pretrained(path)
+        except OSError:
+            pass  # there is none: the library has made one of the config
         self.adapted = lora_rank > 0
         if self.adapted:  # read at every forward; off, the policy is its reference
             add_lora(self, lora_rank, lora_alpha)
@@ -737,16 +802,21 @@ class Policy(nn.Module):
         eos = self.lm.generation_config.eos_token_id  # a number, a list or nothing
         eos = eos if isinstance(eos, list) else [eos]
         self.eos = sorted({*eos, self.tokenizer.eos_token_id} - {None})
-        require(self.eos, f"{path}: neither tokenizer nor config names an end-of-text token")
+        config = self.lm.config.get_text_config()
+        require(self.eos and set(self.eos) <= set(range(config.vocab_size)), f"{path}: its "
+                f"end-of-text tokens {self.eos}, in tokenizer and configs, must be token numbers")
+        # What stock models do to their head's logits stands in the config
+        self.cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self.scale = getattr(config, "logit_scale", None) or 1       # Cohere
+        self.scale /= getattr(config, "logits_scaling", None) or 1   # Granite
 
     def logits(self, hidden, temperature):
         """hidden [..., D] -> logits [..., V] / temperature, in float32 or better."""
         logits = self.lm.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
-        return logits / temperature
+        if self.cap:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits * (self.scale / temperature)
 
     def forward(self, input_ids, temperature, targets_N=None, positions_N=None, **cache):
         """Decode: logits_RV of the next token. Score, with targets: logp_N of N target tokens,
@@ -775,15 +845,16 @@ def layout(rows):
     the right: under causal attention what comes last is seen by nothing before it, so no mask is
     needed and the flash kernel is used. The end token is a target like any other."""
     # Any number pads: no target is after a row's end, and none before it looks there
-    tokens = [torch.tensor(prompt + response) for prompt, response in rows]
-    input_ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(DEVICE)
+    S = max(len(prompt) + len(response) for prompt, response in rows)
+    tokens = []
     positions = []
     for b, (prompt, response) in enumerate(rows):
-        # The last prompt token predicts the first of the response
-        first = b * input_ids.shape[1] + len(prompt) - 1
+        tokens.append(prompt + response + [0] * (S - len(prompt) - len(response)))
+        first = b * S + len(prompt) - 1  # the last prompt token predicts the first of the response
         positions += range(first, first + len(response))
+    input_ids_BS = torch.tensor(tokens, device=DEVICE)
     positions_N = torch.tensor(positions, device=DEVICE)
-    return input_ids, positions_N, input_ids.flatten()[positions_N + 1]
+    return input_ids_BS, positions_N, input_ids_BS.flatten()[positions_N + 1]
 
 def response_logp(policy, rows, temperature):
     """Log-probs of all response tokens of (prompt_ids, response_ids) pairs -> logp_N."""
@@ -804,19 +875,24 @@ def add_lora(policy, rank, alpha):
     """LoRA (2106.09685) on all linear layers of the blocks: W x becomes W x + (alpha / rank) B A x,
     of which A and B are trained. W needs neither float32 copy, gradient nor moments."""
     policy.requires_grad_(False)
-    linears = [m for m in blocks(policy).modules() if isinstance(m, nn.Linear)]
-    require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear")
-    for linear in linears:
-        linear.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device="meta"))  # random
-        linear.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, device="meta"))  # 0
-        linear.lora_scale = alpha / rank
-        linear.register_forward_hook(partial(adapt, policy))  # W keeps its name and place
 
-def adapt(policy, linear, inputs, y):
-    """After a linear layer: W x -> W x + (alpha / rank) B A x, while the adapter is on."""
-    if policy.adapted:
-        adapter = nn.functional.linear(inputs[0] @ linear.lora_A.T, linear.lora_B)
-        return y + adapter * linear.lora_scale
+    def adapt(linear, inputs, y):
+        if policy.adapted:
+            adapter = nn.functional.linear(inputs[0] @ linear.lora_A.T, linear.lora_B)
+            return y + adapter * linear.lora_scale
+
+    inside = set(blocks(policy).modules())
+    linears = [(name, m) for name, m in policy.lm.named_modules()
+               if isinstance(m, nn.Linear) and m in inside]
+    require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear")
+    for name, linear in linears:
+        A = torch.randn(rank, linear.in_features) / (3 * linear.in_features)**0.5
+        B = torch.zeros(linear.out_features, rank)  # so that nothing changes at first
+        linear.lora_A = nn.Parameter(A.to("meta"))
+        linear.lora_B = nn.Parameter(B.to("meta"))
+        policy.lm.whole |= {f"{name}.lora_A": A, f"{name}.lora_B": B}  # for `fill`
+        linear.lora_scale = alpha / rank
+        linear.register_forward_hook(adapt)  # W keeps its name and place
 
 def save_adapter(policy, path, cfg):
     """Write the adapter alone, in PEFT's format: `PeftModel.from_pretrained(base_model, path)`."""
@@ -855,13 +931,14 @@ def gathered(model):
     (no gradients here): processes may run different numbers of forwards. A sharded model by itself
     would gather every layer for every sampled token."""
     fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]  # root and blocks
+    frozen = not any(p.requires_grad for p in model.parameters())
     for module in fsdp_modules:
         module.unshard()  # one all-gather each: the only collectives of a rollout
         module.set_reshard_after_forward(False, recurse=False)  # or the first forward drops it
     with torch.no_grad():
         yield
     for module in fsdp_modules:
-        module.set_reshard_after_forward(module is not model, recurse=False)  # FSDP's default
+        module.set_reshard_after_forward(frozen or module is not model, recurse=False)  # as before
         module.reshard()  # frees the copy before the update needs the memory
 
 # --------------------------------------------------------------------------------------------------
@@ -909,33 +986,20 @@ def step_metrics(run, sums, counts, grad_norm):
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
-def open_out_dir(run):
-    """Make `out_dir`; or with --resume load its checkpoint, and cut the logs to where it stood."""
-    cfg = run.cfg
-    found = find_checkpoint(f"{cfg.out_dir}/checkpoint") if cfg.resume else None
-    if found:
-        run.state = load_checkpoint(found, run.trained, run.optimizer)
-        say(f"resuming {cfg.out_dir} after step {run.state['step']}")
-    if IS_FIRST:
-        fresh_folder(cfg.out_dir, keep=found)
-        write_text(f"{cfg.out_dir}/config.json", json.dumps(asdict(cfg), indent=1))
-        for name in LOGS:
-            with open(f"{cfg.out_dir}/{name}", "a") as f:
-                f.truncate(run.state["log_sizes"].get(name, 0))  # rows of lost steps go
-
-def save_run(run):
-    """A checkpoint of this moment, and of how long the logs are."""
+def cut_logs(run):
+    """Cut the logs to where the run stands: rows of lost steps go."""
     if IS_FIRST:
         for name in LOGS:
-            run.state["log_sizes"][name] = os.path.getsize(f"{run.cfg.out_dir}/{name}")
-    save_checkpoint(f"{run.cfg.out_dir}/checkpoint", run.trained, run.optimizer, run.state)
+            path = f"{run.cfg.out_dir}/{name}"
+            with open(path, "a") as f:
+                kept = run.state["log_sizes"].get(name, 0)
+                f.truncate(min(kept, os.path.getsize(path)))
 
 def write_row(run, name, row):
-    """Append a row to a log; NaN and infinity, which JSON does not know, as null."""
+    """Append a row to a log."""
     if IS_FIRST:
-        row = json.loads(json.dumps(row), parse_constant=lambda nan: None)
         with open(f"{run.cfg.out_dir}/{name}", "a", encoding="utf-8") as f:
-            print(json.dumps(row, ensure_ascii=False), file=f)
+            f.write(to_json(row) + "\n")
 
 def log_samples(run, step, rows, scores_BK, heldout):
     """Every response with its scores, of all processes, into samples.jsonl: a file that data/judge
@@ -958,6 +1022,9 @@ def log_step(run, step, metrics):
         peak = torch.cuda.max_memory_allocated()
     write_row(run, "metrics.jsonl", {"step": step, **metrics, "tok_per_s": tokens / seconds,
                                      "peak_gb": peak / 2**30})
+    if IS_FIRST:  # a resumed run cuts off what comes after
+        for name in LOGS:
+            run.state["log_sizes"][name] = os.path.getsize(f"{run.cfg.out_dir}/{name}")
     line = f"step {step:>4}  reward {metrics['reward']:.3f}"
     for axis in run.axes:  # in brackets: its share of what moves the policy
         line += f"  {axis} {metrics[f'score/{axis}']:.2f} ({metrics[f'share/{axis}']:.0%})"
@@ -976,6 +1043,8 @@ if CUDA:  # one GPU a process
 def join_world(dtype="auto", alone=False):
     """Join torchrun's process group, or be a group of one -> rank, world size, compute dtype."""
     if CUDA:
+        # Gathered weights and training take turns: without this each leaves holes for the other
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(DEVICE)  # or all processes of a node would meet on GPU 0
         # torch 2.13 prefers cuDNN's attention on Hopper: it plans anew for every key length, tens
         # of milliseconds a token, and with a mask its gradients can be NaN (pytorch#196678)
@@ -1008,19 +1077,25 @@ def blocks(model):
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]  # experts may be one, too
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
 
-def shard(model, dtype, recompute=False, hsdp=True):
+def device_mesh(hsdp=True):
+    """All processes in a row; with `hsdp` and several nodes, a row for each node. Made once for all
+    models of a run, since each mesh has process groups of its own, and these memory on the GPU."""
+    world = dist.get_world_size()
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's word for a node's processes
+    if hsdp and 1 < node < world:
+        return dist.init_device_mesh(DEVICE.type, (world // node, node),
+                                     mesh_dim_names=("replicate", "shard"))
+    return dist.init_device_mesh(DEVICE.type, (world,))
+
+def shard(model, dtype, recompute=False, mesh=None):
     """Shard `model` over all processes, in place, and read its weights: FSDP2 by hand, block by
     block, then what is left. Each process keeps 1/N of every weight; a block is gathered in `dtype`
     just before it runs and dropped after; gradients are reduced in float32. Embedding, final norm
     and head stay in the root's group: a tied weight must not live in two.
-    hsdp: on several nodes shard inside each and replicate across: only gradients cross the network.
+    mesh: of several nodes it has two dimensions (HSDP): each node shards by itself, and only
+    gradients cross the network.
     recompute: keep a block's input only and run the block again in the backward pass."""
-    world = dist.get_world_size()
-    mesh = dist.init_device_mesh(DEVICE.type, (world,))
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's word for a node's processes
-    if hsdp and 1 < node < world:
-        mesh = dist.init_device_mesh(DEVICE.type, (world // node, node),
-                                     mesh_dim_names=("replicate", "shard"))
+    mesh = mesh or device_mesh()
     precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
     wrap = partial(fully_shard, mesh=mesh, mp_policy=precision)
     trains = any(p.requires_grad for p in model.parameters())  # with LoRA: A and B alone
@@ -1036,110 +1111,93 @@ def shard(model, dtype, recompute=False, hsdp=True):
     wrap(model, reshard_after_forward=not trains)
     return fill(model)
 
-def tensors(model):
-    """Weights and saved buffers of a Hugging Face model by name; a tied weight under one name."""
-    state = model.state_dict(keep_vars=True)  # the parameters themselves
-    return {name: state[name] for name in state if name not in model.all_tied_weights_keys}
-
 def load(auto_class, path, **head):
-    """An `auto_class` model of a folder or hub id, on the meta device until `shard` or `fill`, and
-    its tokenizer. Weights come from safetensors only: a pickle can run code. A tokenizer without a
-    pad token pads with its end token, which is safe: padding is told by position everywhere.
-    `head`: config values of a fresh head."""
+    """An `auto_class` model of a folder or hub id and its tokenizer. The library reads it, on the
+    first process, whole and in the host's memory; everywhere the model is on the meta device until
+    `shard` or `fill` gives each process its rows. Only safetensors: a pickle can run code. `head`:
+    config values of a fresh head. A tokenizer without a pad token pads with its end token, which is
+    safe: padding is told by position everywhere."""
+    safe = dict(trust_remote_code=False)  # unset, the library would stop and ask
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        config = AutoConfig.from_pretrained(path, **head)
-        folder = path
-        if not os.path.isdir(path):
-            folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
+        config = AutoConfig.from_pretrained(path, **safe, **head)
         with torch.device("meta"):  # no memory, no random numbers: a second for 14B
-            model = auto_class.from_config(config).float()
-        stored = dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
-        missing = [name for name, tensor in tensors(model).items()
-                   if name not in stored or stored[name].size != tensor.shape]
-        is_head = [name.startswith(("score.", "classifier.")) for name in missing]
-        model.given = {}  # weights that `fill` shall not read from the files by name
-        if head and all(is_head):
-            model.given = dict.fromkeys(missing)  # None: to be drawn at random
-        elif missing:
-            # Other names than the model's: the library renames, with the whole model in memory
+            model = auto_class.from_config(config, **safe).float()
+        model.whole = {}  # weights by name, on the first process
+        if IS_FIRST:
             stock, info = auto_class.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **head)
-            odd = info["missing_keys"] | info["mismatched_keys"]
-            require(head or not odd, f"{path}: its files lack, or have in another shape than its "
-                    f"config.json says: {', '.join(sorted(map(str, odd))[:3])}")
-            model.given = tensors(stock)
-        model.folder = folder
+                path, dtype="auto", use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **safe, **head)
+            odd = [str(key) for key in info["missing_keys"] | info["mismatched_keys"]]
+            if head:  # it may be new
+                odd = [key for key in odd if not re.match(r"\W*(score|classifier)\.", key)]
+            # In the files, but of a layer that the config does not have
+            odd += [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
+            require(not odd, f"{path}: its files and config.json do not agree on {sorted(odd)[:3]}")
+            model.whole = stock.state_dict()
         model.saved_dtype = config.dtype or torch.float32
     except Exception as e:  # somebody else's files fail in any way they like
-        die(f"{path}: no {auto_class.__name__[12:]} model could be loaded: {e}")
+        kind = auto_class.__name__[12:]
+        if not os.path.isdir(path):
+            kind = f"such folder, and the hub gave no {kind}"
+        die(f"{path}: no {kind} model could be loaded: {e}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids),
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
     return model, tokenizer
 
-@torch.no_grad()
 def fill(model):
-    """Give memory and values to what `load` left on the meta device; of each weight a process reads
-    only the rows it keeps."""
+    """Give memory and values to what `load` left on the meta device: the first process sends one
+    weight after the other, and each keeps its rows."""
     model.to_empty(device=DEVICE)  # of a sharded model this is 1/N
-    for part in [m for m in model.modules() if hasattr(m, "folder")]:  # what `load` has made
+    for part in [m for m in model.modules() if hasattr(m, "whole")]:  # what `load` has made
         part.tie_weights()  # a plain module forgets it in to_empty
-        in_files = tensors(part)
-        for tensor in in_files.values():
-            tensor._is_hf_initialized = True  # so that the next line touches none of them
+        for p in part.parameters():
+            p._is_hf_initialized = True  # so that the next line touches none of them
         part.apply(part._init_weights)  # rotary frequencies stand in no file: computed again
-        for name in list(in_files):
-            if name in part.given or "lora_" in name:
-                set_rows(in_files.pop(name), name, part.given.get(name))
-        # It casts to the dtype of each shard
-        dcp.load(in_files, storage_reader=dcp.HuggingFaceStorageReader(part.folder), no_dist=True)
-        part.given = {}
+        how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(part, part.whole, options=how)  # casts to the dtype of each shard
+        part.whole = {}
     return model
 
-def set_rows(tensor, name, whole):
-    """Fill a weight from a whole one, or (None) at random with nn.Linear's variance, the same on
-    every process; LoRA's B and biases start at 0. A sharded weight takes this process's rows."""
-    if whole is None:
-        whole = torch.randn(tensor.shape) / (3 * tensor.shape[-1])**0.5
-        if tensor.dim() == 1 or name.endswith("lora_B"):
-            whole.zero_()
-    whole = whole.to(DEVICE, tensor.dtype)  # one weight at a time
-    if isinstance(tensor, DTensor):
-        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(whole)
-
-def write_tensors(named, path, join):
-    """Write sharded tensors to safetensors files, of each process its rows; joined by rank 0 if
-    `join`. 64 tensors a file: it is made in memory first."""
-    # Each process writes files of its own, and all at once
-    files = {name: 1 + i // 64 for i, name in enumerate(named)}
-    dcp.save(named, storage_writer=dcp.HuggingFaceStorageWriter(
-        path, files, save_distributed=True, enable_consolidation=join))
+def check_finite(model, where):
+    """Refuse weights with NaN or infinity in them; each process looks at its rows."""
+    for name, p in model.named_parameters():
+        rows = p.to_local() if isinstance(p, DTensor) else p
+        require(rows.isfinite().all(), f"{where}: {name} has numbers that are not finite")
 
 def save_folder(model, tokenizer, path, dtype):
     """Write a sharded Hugging Face model as a folder that stock `from_pretrained` loads; every
-    process must call it. Each writes its rows of every weight, which rank 0 joins on disk: no
-    process ever holds the model. LoRA is merged on the way."""
-    out = tensors(model)
-    for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A"):
-            A = out.pop(f"{name}.lora_A").float()
-            B = out.pop(f"{name}.lora_B").float()  # sharded like W: its rows are W's
-            merged = layer.weight.float() + layer.lora_scale * (B @ A)
-            out[f"{name}.weight"] = merged.to(dtype)
-    for name, tensor in out.items():
-        out[name] = tensor.detach().to(dtype if tensor.is_floating_point() else None)
-    write_tensors(out, path, join=True)
+    process must call it. The first one gathers the weights in the host's memory, merges LoRA and
+    writes; what was in `path` goes when the new folder is whole."""
+    check_finite(model, path)
+    unfinished = f"{path}.tmp"
+    whole = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if IS_FIRST:
-        shutil.rmtree(f"{path}/sharded")  # each process's rows, now that they are joined
+        for name, layer in model.named_modules():
+            if hasattr(layer, "lora_A"):
+                A = whole.pop(f"{name}.lora_A")
+                B = whole.pop(f"{name}.lora_B")
+                whole[f"{name}.weight"] = layer.lora_scale * B @ A + whole[f"{name}.weight"]
+        for name, tensor in list(whole.items()):
+            if tensor.is_floating_point():
+                whole[name] = tensor.to(dtype)
+            if name in model.all_tied_weights_keys:  # a tied weight goes under one name
+                del whole[name]
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.makedirs(unfinished)
+        save_file(whole, f"{unfinished}/model.safetensors", metadata={"format": "pt"})
         model.config.dtype = dtype
         model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        model.config.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        if model.can_generate():  # a policy, not a reward model
-            model.generation_config.save_pretrained(path)
+        model.config.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        if model.can_generate():  # a policy, not a reward model; save_pretrained would be strict
+            model.generation_config.to_json_file(f"{unfinished}/generation_config.json")
+    digests(unfinished)  # on disk, before the name points to it
+    if IS_FIRST:
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(unfinished, path)
 
 # --------------------------------------------------------------------------------------------------
 # 4.8 Checkpoints
@@ -1157,45 +1215,60 @@ def trained_tensors(model, optimizer):
                 named[f"{name}.{kind}"] = moments.setdefault(kind, torch.zeros_like(p))
     return named
 
-def save_checkpoint(folder, model, optimizer, state):
-    """Every process writes its shard of weights and moments into folder.tmp, which takes the place
-    of `folder` when it is whole, at once or, after a crash, by `find_checkpoint`. No random state
-    is in it: batches and samples are functions of (seed, step)."""
-    unfinished = f"{folder}.tmp"
+def digests(folder):
+    """Put a folder's files on disk -> {name: digest}; the processes share the work."""
+    dist.barrier()  # all files are there
+    names = sorted(set(os.listdir(folder)) - {"state.json"})  # that is where digests stand
+    found = []
+    for name in names[dist.get_rank()::dist.get_world_size()]:
+        with open(f"{folder}/{name}", "rb") as f:
+            os.fsync(f.fileno())
+            found.append(hashlib.file_digest(f, "sha256").hexdigest())
+    return dict(zip(names, collect(found)))
+
+def save_checkpoint(out_dir, model, optimizer, state):
+    """Every process writes its shard of weights and moments into checkpoint.tmp, which takes the
+    place of checkpoint/ when it is whole, at once or, after a crash, by `find_checkpoint`. No
+    random state is in it: batches and samples are functions of (seed, step)."""
+    unfinished = f"{out_dir}/checkpoint.tmp"
     if IS_FIRST:
         shutil.rmtree(unfinished, ignore_errors=True)
         os.makedirs(unfinished)
     dist.barrier()
-    write_tensors(trained_tensors(model, optimizer), unfinished, join=False)
+    named = trained_tensors(model, optimizer)
+    files = {name: 1 + i // 64 for i, name in enumerate(named)}  # each is made in memory first
+    dcp.save(named, storage_writer=dcp.HuggingFaceStorageWriter(
+        unfinished, files, save_distributed=True))
+    state = state | dict(files=digests(unfinished))
     if IS_FIRST:  # state.json comes last: where it stands, all the rest does
-        state = state | dict(files=os.listdir(unfinished))
-        write_text(f"{unfinished}/state.json", json.dumps(state))
-    find_checkpoint(folder)
+        write_text(f"{unfinished}/state.json", to_json(state))
+    find_checkpoint(out_dir)
 
-def find_checkpoint(folder):
-    """`folder` if there is a whole checkpoint in it, else None; every process must call it. At any
-    moment of a crash `folder` or folder.tmp is whole; if both are, the latter is the newer one."""
+def find_checkpoint(out_dir):
+    """Is there a whole checkpoint? Every process must ask, and the first decides. At any moment of
+    a crash checkpoint/ or checkpoint.tmp is whole; if both are, the latter is the newer one."""
+    folder = f"{out_dir}/checkpoint"
     if IS_FIRST and os.path.exists(f"{folder}.tmp/state.json"):
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(f"{folder}.tmp", folder)  # atomic on one file system
-    dist.barrier()
-    return folder if os.path.exists(f"{folder}/state.json") else None
+    return collect([os.path.exists(f"{folder}/state.json")])[0]
 
-def load_checkpoint(folder, model, optimizer):
-    """Fill model and optimizer from `folder`, written by any number of processes -> its state."""
+def load_checkpoint(out_dir, model, optimizer, state):
+    """Fill model, optimizer and `state` from a checkpoint of any number of processes."""
+    folder = f"{out_dir}/checkpoint"
     try:
         with open(f"{folder}/state.json") as f:
-            state = json.load(f)
-        # Rows of a missing file would stay unread; one cut short is noticed by the reader
-        missing = set(state.pop("files")).difference(os.listdir(folder))
-        require(not missing, f"{folder}: the checkpoint is damaged: without {missing}")
+            stored = json.load(f)
+        assert stored.pop("files") == digests(folder), "its files are not as they were written"
+        assert stored.keys() == state.keys(), "its state is that of another program"
+        state |= stored
         named = trained_tensors(model, optimizer)
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=True)
         for moments in optimizer.state.values():
             moments["step"].fill_(state["updates"])  # AdamW's bias correction counts them
     except (Exception, dcp.CheckpointException) as e:  # files fail in any way they like
         die(f"{folder}: the checkpoint is damaged or of another model: {last_line(e)}")
-    return state
+    check_finite(model, folder)
 
 def write_text(path, text):
     """Write a file so that a crash leaves the old one or the new one, never a half."""
@@ -1205,15 +1278,66 @@ def write_text(path, text):
         os.fsync(f.fileno())  # on disk before the name points to it
     os.replace(f"{path}.tmp", path)  # atomic on one file system
 
-def fresh_folder(path, keep=False):
-    """Make the folder `path`; an earlier one is renamed to path.1, path.2, ..., not overwritten."""
-    if os.path.lexists(path) and not keep:
+def set_aside(path):
+    """Rename what is in the way of `path` to path.1, path.2, ...: nothing is overwritten."""
+    if os.path.lexists(path):
         n = 1
         while os.path.lexists(f"{path}.{n}"):
             n += 1
         os.rename(path, f"{path}.{n}")
         say(f"{path} was there already: renamed to {path}.{n}")
-    os.makedirs(path, exist_ok=True)
+
+HELD = []           # the locked file, until this process ends, however it ends
+SHARED_WITHIN = 60  # seconds after which a file that the first process writes must be seen by all
+
+def lock(out_dir):
+    """Refuse a folder where another run writes, and one that is not the same folder on all nodes:
+    half of every weight would be lost."""
+    path = f"{out_dir}.lock"
+    owner = ""
+    if IS_FIRST:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        file = open(path, "a+")
+        file.seek(0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            die(f"{out_dir}: another run writes there: {file.read()}")
+        HELD.append(file)
+        owner = f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}"
+        file.truncate(0)
+        file.write(owner)
+        file.flush()
+    owner = collect([owner])[0]
+    deadline = time.time() + SHARED_WITHIN
+    while not (seen := os.path.exists(path) and open(path).read() == owner):
+        if time.time() > deadline:
+            break
+        time.sleep(0.1)
+    if not all(collect([seen])):  # all know it, one tells
+        require(not IS_FIRST, f"{path} is not seen by all processes: --out_dir must be a folder "
+                "that all nodes share")
+        sys.exit(2)
+
+def open_out_dir(cfg, model, optimizer, state):
+    """Make cfg.out_dir the folder of this run alone, with its flags in config.json; with --resume
+    load its checkpoint, else set an earlier run aside."""
+    lock(cfg.out_dir)
+    resumes = cfg.resume and find_checkpoint(cfg.out_dir)
+    if resumes:
+        load_checkpoint(cfg.out_dir, model, optimizer, state)
+        say(f"resuming {cfg.out_dir} after {state['updates']} updates")
+    if IS_FIRST:
+        if not resumes:
+            set_aside(cfg.out_dir)
+            os.makedirs(cfg.out_dir)
+        flags = asdict(cfg)
+        del flags["resume"]
+        text = to_json(flags, indent=1)
+        path = f"{cfg.out_dir}/config.json"
+        if os.path.exists(path) and open(path).read() != text:
+            set_aside(path)  # the values of the first part
+        write_text(path, text)
 
 # --------------------------------------------------------------------------------------------------
 # 4.9 JSONL, text
@@ -1231,21 +1355,24 @@ def read_jsonl(path):
                     json.dumps(record, ensure_ascii=False).encode()  # fails on a lone surrogate
                     require(isinstance(record, dict), f"{where}: expected a JSON object")
                     yield where, record
-    except (OSError, EOFError, ValueError, RecursionError) as e:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
         die(f"{where}: unreadable or broken JSON: {e}")
     require(where != path, f"{path}: is empty; expected one JSON object a line")
+
+ROLES = ("system", "user", "assistant")
 
 def conversation(where, record):
     """The prompt of a record as chat messages: its "messages", or its "prompt" as a user's turn."""
     messages = record.get("messages", [dict(role="user", content=record.get("prompt"))])
     try:
         messages = [dict(role=m["role"], content=m["content"]) for m in messages]  # nothing else
-        filled = all(m["role"].strip() and m["content"].strip() for m in messages)
+        filled = all(m["role"] in ROLES and m["content"].strip() for m in messages)
         is_sound = filled and messages[-1]["role"] != "assistant"
     except Exception:  # anything can stand in a file
         is_sound = False
-    require(is_sound, f"{where}: its \"prompt\" (or \"messages\" of role and content, which end "
-            "before the assistant's turn) is missing, empty or not text")
+    require(is_sound, f"{where}: its \"prompt\" (or \"messages\" of a role, one of "
+            f"{', '.join(ROLES)}, and content, which end before the assistant's turn) is missing, "
+            "empty or not text")
     return messages
 
 def render(tokenizer, messages, response=None, truncation=False):
@@ -1255,6 +1382,13 @@ def render(tokenizer, messages, response=None, truncation=False):
     if response is not None:  # a template closes it with its end token
         messages = messages + [dict(role="assistant", content=response)]
     asks = response is None  # then what comes next is the answer's turn
+    # A special token spelled out in a text is text: it must not close a turn, or a policy could
+    # write its own next question. With a space in it the tokenizer does not know it
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            spelled = token.content[0] + " " + token.content[1:]
+            messages = [m | dict(content=m["content"].replace(token.content, spelled))
+                        for m in messages]
     if tokenizer.chat_template:
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False,
@@ -1277,17 +1411,51 @@ logging.disable(logging.ERROR)  # tracebacks that torch logs of errors which we 
 # Slices are read by each process alone; no output of an FSDP2-wrapped module is changed in place
 warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped module")
 HERE = os.path.dirname(os.path.abspath(__file__))  # beside data/
-IS_FIRST = os.environ.get("RANK", "0") == "0"  # one process speaks for all
+RANK = int(os.environ.get("RANK", 0))
+IS_FIRST = RANK == 0  # one process speaks for all
 
 def require(condition, message):
-    """If `condition` fails: one clear line on stderr, from one process only, and exit status 2."""
     if not condition:
-        if IS_FIRST:
-            print("error:", " ".join(message.split()), file=sys.stderr)  # in one line
-        sys.exit(2)
+        die(message)
 
 def die(message):
-    require(False, message)
+    """One clear line on stderr and exit status 2. Where all processes find the same fault the first
+    speaks, and torchrun ends the others while they wait; what one alone finds it tells itself."""
+    if not IS_FIRST:
+        time.sleep(2)
+        if must_stop():
+            sys.exit(2)
+        message = f"on process {RANK}: {message}"
+    print("error:", " ".join(visible(message).split()), file=sys.stderr)  # in one line
+    sys.exit(2)
+
+def visible(text):
+    """Text for a terminal: control characters, which could rewrite what stands there, as escapes"""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+STOPS = []  # signals that have come
+PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
+
+class Stopped(Exception):
+    """A signal has come. Raised on all processes at once: see `heed_signals`."""
+
+def catch_signals():
+    """From now on SIGTERM and Ctrl-C are noted, and heeded where all processes stop together."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: STOPS.append(received))
+
+def must_stop():
+    """Has a signal come? Or was torchrun killed, so that none will come?"""
+    return bool(STOPS) or PARENT not in (None, os.getppid())
+
+def stop_asked():
+    """Must any process stop? All learn it together."""
+    return any(collect([must_stop()]))
+
+def heed_signals():
+    """Give up what is being done, on all processes together."""
+    if stop_asked():
+        raise Stopped
 
 def last_line(error):
     """What went wrong, without the traceback that a DCP error carries along."""
@@ -1304,8 +1472,13 @@ def is_number(x):
 def say(message):
     """Print once, not once a process, and without tearing a progress bar."""
     if IS_FIRST:
-        tqdm.write(message)
+        tqdm.write(visible(message))
         sys.stdout.flush()  # a pipe would hold lines back
+
+def to_json(value, **style):
+    """JSON text; NaN and infinity, which JSON does not know, as null."""
+    clean = json.loads(json.dumps(value), parse_constant=lambda nan: None)
+    return json.dumps(clean, ensure_ascii=False, **style)
 
 def boolean(text):
     """"True" or "false" -> bool; anything else is a ValueError, which the parser tells."""
@@ -1329,10 +1502,34 @@ def parse(config_class, argv, doc, toy={}):
         else:
             parser.add_argument(f"--{field.name}", type=type(field.default))
     given = vars(parser.parse_args(argv))  # only what was typed
+    defaults = {}
     first = fields(config_class)[0].name
     if toy and given.get(first, "toy") == "toy":
-        given = toy | given | {first: toy[first]}
-    return config_class(**given)
+        defaults = toy
+        given.pop(first, None)
+    if given.get("resume"):  # the flags of the run so far, less what is typed
+        out_dir = (defaults | given).get("out_dir", config_class.out_dir)
+        defaults = defaults | recorded(f"{out_dir}/config.json", config_class, parser, given)
+    require(given.get("out_dir", "default"), "--out_dir: it needs a name")
+    return config_class(**(defaults | given))
+
+def recorded(path, config_class, parser, given):
+    """The flags in a run's config.json; those typed now may differ unless they change what is
+    trained or on what."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path) as f:
+            flags = json.load(f).items()
+    except (OSError, ValueError, RecursionError, AttributeError) as e:
+        die(f"{path}: cannot be read for --resume: {e}")
+    before = vars(parser.parse_args([f"--{name}={value}" for name, value in flags]))
+    for name in before.keys() & given.keys():
+        if given[name] != before[name]:
+            change = f"--{name} was {before[name]} and is now {given[name]}"
+            require(name not in config_class.kept.split(), f"{change}: that cannot be resumed")
+            say(change)
+    return before
 
 TOY = dict(policy="out/toy/policy", reward_model="out/toy/reward_model",
            prompts="out/toy/prompts.jsonl", heldout_prompts="out/toy/heldout_prompts.jsonl",
@@ -1348,10 +1545,13 @@ def launch(main, config_class, doc, toy={}):
         # the rest the toy is folders like any other; other processes wait in `join_world`
         if "'out/toy/" in repr(cfg) and IS_FIRST and not os.path.exists("out/toy"):
             os.environ["PYTHONPATH"] = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
-            made = subprocess.run([sys.executable, "-m", "data.toy.prepare"])
-            require(made.returncode == 0, f"the toy world could not be made by {HERE}/data/toy; "
+            subprocess.run([sys.executable, "-m", "data.toy.prepare"])
+            require(os.path.exists("out/toy"), f"no toy world could be made by {HERE}/data/toy; "
                     "without it give --policy, --prompts, and --reward_model or --rules")
-        main(cfg)
+        try:
+            main(cfg)
+        except Stopped:
+            say("stopped by a signal; what was finished is kept")
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another still needs it
         sys.stdout.flush()

@@ -26,16 +26,19 @@ Shapes: N rows of a file, B rows of a batch, K axes.
 import dataclasses
 import json
 import math
+import os
 import shutil
 from itertools import compress
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from mogrpo import (
-    DEVICE, DTYPES, collect, conversation, fill, find_checkpoint, fresh_folder, is_held_out,
-    is_number, join_world, launch, load_checkpoint, load_reward_model, logits_of, one_of,
-    read_jsonl, render, require, save_checkpoint, save_folder, say, score, shard, write_text)
+    DEVICE, DTYPES, Stopped, axes_of, catch_signals, check_axes, collect, conversation,
+    is_held_out, is_number, join_world, launch, load_reward_model, load_reward_models, logits_of,
+    one_of, open_out_dir, read_jsonl, render, require, save_checkpoint, save_folder, say, score,
+    score_responses, shard, stop_asked, to_json, write_text)
 
 @dataclasses.dataclass
 class Config:
@@ -60,17 +63,22 @@ class Config:
     reward_model: str = "out/rm"  # the folder that --score uses
     out: str = "scored.jsonl"   # where --score writes the same rows with "scores"
 
+    # What --resume must find as it was
+    kept = ("ratings heldout_ratings heldout_frac axes scale backbone loss epochs batch_size "
+            "max_tokens seed")
+
     def __post_init__(self):
         low, _, high = self.scale.partition(",")
         require(is_number(low) and is_number(high) and float(low) < float(high),
                 f"--scale={self.scale}: expected lowest,highest as in 0,4")
         for name in ("epochs", "batch_size", "lr", "head_lr", "max_tokens", "save_interval"):
-            require(getattr(self, name) > 0,
-                    f"--{name}={getattr(self, name)}: must be greater than 0")
+            require(0 < getattr(self, name) < 1e12,
+                    f"--{name}={getattr(self, name)}: must be greater than 0, nor huge")
         one_of("dtype", self.dtype, DTYPES)
         one_of("loss", self.loss, ("bce", "mse"))
         if self.score:  # the toy world is not built for flags that nobody reads
             vars(self).update(ratings="", backbone="", out_dir="")
+            check_out(self.out, self.score)
 
 TOY = dict(  # defaults while --ratings=toy; 0.3M parameters want a rate that would ruin 7B
     ratings="out/toy/ratings.jsonl",
@@ -85,6 +93,13 @@ TOY = dict(  # defaults while --ratings=toy; 0.3M parameters want a rate that wo
 
 # --------------------------------------------------------------------------------------------------
 # 1. Ratings
+
+def check_out(out, source):
+    """An output file must be new or a regular one, in a folder that is there, and no input."""
+    folder = os.path.dirname(os.path.abspath(out))
+    free = os.path.isfile(out) or not os.path.lexists(out)
+    require(free and os.path.isdir(folder) and os.path.realpath(out) != os.path.realpath(source),
+            f"--out={out}: expected a new file or an old regular one, but not the input")
 
 def answered(where, record):
     """A line's (messages, response), which is what reward models score."""
@@ -122,8 +137,10 @@ def read_ratings(paths, asked, scale):
 
 def train_and_heldout(cfg):
     """-> rows and labels_NK to train on, rows and labels_NK held out, the axis names."""
-    asked = list(filter(None, cfg.axes.split(",")))
+    asked = cfg.axes.split(",") if cfg.axes else []
+    check_axes(asked, "--axes")
     rows, labels_NK, axes = read_ratings(cfg.ratings, asked, cfg.scale)
+    check_axes(axes, cfg.ratings)
     if cfg.heldout_ratings:
         held_rows, held_NK, _ = read_ratings(cfg.heldout_ratings, axes, cfg.scale)
     else:
@@ -133,10 +150,9 @@ def train_and_heldout(cfg):
         rows = list(compress(rows, ~held_N))      # and where it is not
         held_NK = labels_NK[held_N]
         labels_NK = labels_NK[~held_N]
-    for side_NK in (labels_NK, held_NK):
-        require(side_NK.isfinite().any(0).all(), f"{cfg.ratings}: too few prompts with a score for "
-                f"each of {', '.join(axes)}, to train on some and hold out others "
-                "(see --axes and --heldout_ratings)")
+    require(labels_NK.isfinite().any(0).all() and held_rows, f"{cfg.ratings}: too few prompts with "
+            f"a score for each of {', '.join(axes)}, to train on some and hold out others "
+            "(see --axes and --heldout_ratings)")
     say(f"reward model: {len(rows)} rated answers, {len(held_rows)} held out")
     return rows, labels_NK, held_rows, held_NK, axes
 
@@ -173,12 +189,31 @@ def keep_the_best(cfg, model, state, rows, labels_NK):
     # Every process scores all rows: a sharded forward takes all of them.
     table = heldout_table(score(model, rows), labels_NK, rows, model.axes)
     r2_K = torch.tensor([row["r2"] for row in table.values()])
-    r2 = r2_K[r2_K.isfinite()].mean().item()  # an axis whose labels are all the same has none
+    # An axis whose labels are all the same has none
+    r2 = r2_K[r2_K.isfinite()].mean().nan_to_num(-1e9).item()
     say(f"after {state['updates']} steps, held-out r2: {r2:.3f}")
     # Chosen on these rows, so the table flatters the model a little.
     if not state["table"] or r2 > state["r2"]:
-        state.update(table=table, r2=r2)
-        save_folder(model, model.tokenizer, cfg.out_dir, torch.float32)
+        state.update(table=json.loads(to_json(table)), r2=r2)  # None for nan, also when resumed
+        save_folder(model, model.tokenizer, f"{cfg.out_dir}/best", torch.float32)
+def backward(model, batch, data, cfg, rank, world):
+    """Gradient of the loss of a batch (row numbers), of which every process takes its share -> its
+    norm; no more than 1 is left of it."""
+    # Micro-batches of about 16,384 tokens bound the activations; as many of them on every process
+    at_once = max(2, 16384 // data.lengths_N[batch].max().item())  # rows
+    count = math.ceil(math.ceil(len(batch) / world) / at_once)
+    for numbers in torch.tensor(batch[rank::world]).tensor_split(count):
+        logits_BK = logits_of(model, [data.ids[i] for i in numbers])
+        target_BK = data.labels_NK[numbers].nan_to_num().to(DEVICE)  # an unrated 0 weighs nothing
+        if cfg.loss == "mse":
+            errors_BK = (logits_BK.sigmoid() - target_BK)**2
+        else:  # its gradient does not vanish where the sigmoid is flat: it unlearns mistakes
+            errors_BK = nn.functional.binary_cross_entropy_with_logits(
+                logits_BK, target_BK, reduction="none")
+        loss = (errors_BK * data.weights_NK[numbers].to(DEVICE)).sum() / len(batch)
+        (loss * world).backward()  # FSDP averages the gradients over processes
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a fresh head's first are large
+    return norm.full_tensor().item()
 
 def train(cfg, rank, world, dtype):
     """Fit a reward model to `cfg.ratings` and save it in `cfg.out_dir` -> its held-out table.
@@ -189,54 +224,55 @@ def train(cfg, rank, world, dtype):
         id2label=dict(enumerate(axes)),
         label2id=dict(zip(axes, range(len(axes)))),
         problem_type="multi_label_classification")  # the stock pipeline then takes sigmoids, too
-    model = shard(load_reward_model(cfg.backbone, cfg.max_tokens, **head), dtype)
+    model = shard(load_reward_model(cfg.backbone, cfg.max_tokens, **head), dtype, recompute=True)
     optimizer = make_optimizer(model, cfg)
     ids = [render(model.tokenizer, *row, truncation=True) for row in rows]
-    lengths_N = torch.tensor([len(row) for row in ids])  # in tokens
-    weights_NK = label_weights(labels_NK)
+    data = SimpleNamespace(ids=ids, lengths_N=torch.tensor(list(map(len, ids))),
+                           labels_NK=labels_NK, weights_NK=label_weights(labels_NK))
     # Every process needs a row of each batch: all must enter the same collectives.
     batch_size = min(cfg.batch_size, len(rows))
     require(batch_size >= world, f"--batch_size={batch_size}: fewer rows than processes")
     per_epoch = len(rows) // batch_size
     steps = cfg.epochs * per_epoch
     # Batches are functions of (seed, epoch): the count of updates says where a run stood.
-    found = find_checkpoint(f"{cfg.out_dir}/checkpoint") if cfg.resume else None
-    state = dict(updates=0, table={})  # table: the best so far
-    if found:
-        state = load_checkpoint(found, model, optimizer)
-    elif rank == 0:
-        fresh_folder(cfg.out_dir)
+    state = dict(updates=0, skipped_in_a_row=0, table={}, r2=-1e9)  # table: the best so far
+    open_out_dir(cfg, model, optimizer, state)
+    catch_signals()
     for epoch in range(state["updates"] // per_epoch, cfg.epochs):
-        batches = epoch_batches(lengths_N, batch_size, cfg.seed * 1000 + epoch)
+        batches = epoch_batches(data.lengths_N, batch_size, cfg.seed * 1000 + epoch)
         for batch in batches[state["updates"] % per_epoch:]:  # a resumed run: those left of it
             step = state["updates"]
-            if step % cfg.save_interval == 0:  # at step 0, too: a full disk shows at once
+            stopped = stop_asked()
+            if stopped or step % cfg.save_interval == 0:  # at 0, too: a full disk shows at once
                 say(f"step {step} of {steps}")
-                save_checkpoint(f"{cfg.out_dir}/checkpoint", model, optimizer, state)
-            numbers = batch[rank::world]  # of this process's rows
-            logits_BK = logits_of(model, [ids[i] for i in numbers])
-            target_BK = labels_NK[numbers].nan_to_num().to(DEVICE)  # an unrated 0 weighs nothing
-            if cfg.loss == "mse":
-                errors_BK = (logits_BK.sigmoid() - target_BK)**2
-            else:  # its gradient does not vanish where the sigmoid is flat: it unlearns mistakes
-                errors_BK = nn.functional.binary_cross_entropy_with_logits(
-                    logits_BK, target_BK, reduction="none")
-            loss = (errors_BK * weights_NK[numbers].to(DEVICE)).sum() / batch_size
-            loss = loss * world  # FSDP averages the gradients over processes
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a fresh head's first are large
+                save_checkpoint(cfg.out_dir, model, optimizer, state)
+            if stopped:
+                raise Stopped
+            norm = backward(model, batch, data, cfg, rank, world)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * min(1, 10 * (step + 1) / steps, 1 - step / steps)
-            optimizer.step()
+            state["skipped_in_a_row"] += 1
+            if math.isfinite(norm):
+                optimizer.step()
+                state["skipped_in_a_row"] = 0
+            else:
+                say(f"warning: step {step}: the loss or its gradient is not finite: skipped")
+            require(state["skipped_in_a_row"] < 10, "ten steps in a row were skipped: the loss or "
+                    "its gradient is not finite; try a smaller --lr")
             optimizer.zero_grad()
             state["updates"] += 1
         keep_the_best(cfg, model, state, held_rows, held_NK)
     if rank == 0:
-        # nan is not JSON: null in its place
-        table = json.loads(json.dumps(state["table"]), parse_constant=lambda _: None)
-        write_text(f"{cfg.out_dir}/heldout.json", json.dumps(table))
-        shutil.rmtree(f"{cfg.out_dir}/checkpoint")
+        finish(cfg.out_dir, state["table"])
     return state["table"]
+
+def finish(out_dir, table):
+    """Put the best model in its place, config.json last: without it no half of it can be loaded."""
+    write_text(f"{out_dir}/heldout.json", to_json(table))
+    for name in sorted(os.listdir(f"{out_dir}/best"), key="config.json".__eq__):
+        os.replace(f"{out_dir}/best/{name}", f"{out_dir}/{name}")
+    shutil.rmtree(f"{out_dir}/best")
+    shutil.rmtree(f"{out_dir}/checkpoint")
 
 # --------------------------------------------------------------------------------------------------
 # 3. How far to trust it
@@ -272,23 +308,11 @@ def pair_accuracy(scores_N, labels_N, rows):
         wins += (score_gap[better].sign() / 2 + 0.5).tolist()
     return torch.tensor(wins).mean().item()
 
-def calibration(scores_N, labels_N):
-    """(rows, mean score, mean label) of each tenth of the range of scores that has any."""
-    tenth_N = (scores_N * 10).long().clamp(max=9)
-    bins = []
-    for tenth in tenth_N.unique():
-        here_N = tenth_N == tenth
-        s, y = scores_N[here_N], labels_N[here_N]
-        bins.append((len(s), s.mean().item(), y.mean().item()))
-    return bins
-
 def axis_row(scores_N, labels_N, rows):
     """The table's row of one axis, from the rows that rate it."""
     rho = correlation(ranks(scores_N), ranks(labels_N))
     # 1.96 standard errors: atanh(rho) has 1.03 / sqrt(n - 3) (Fieller et al. 1957)
     margin = 2.02 * (1 - rho**2) / max(1, len(rows) - 3)**0.5
-    bins = calibration(scores_N, labels_N)
-    gaps = [n * abs(mean_score - mean_label) for n, mean_score, mean_label in bins]
     lengths_N = torch.tensor([len(response) for _, response in rows]).double()  # characters
     return {
         "n": len(rows),
@@ -304,9 +328,7 @@ def axis_row(scores_N, labels_N, rows):
         "high": rho + margin,
         "auc": roc_auc(scores_N, labels_N),
         "pairs": pair_accuracy(scores_N, labels_N, rows),  # all that GRPO asks of a reward
-        "ece": sum(gaps) / len(rows),  # mean gap of score and label over the calibration bins
-        "length": correlation(scores_N, lengths_N),  # a favourite way to be hacked
-        "calibration": bins}
+        "length": correlation(scores_N, lengths_N)}  # a favourite way to be hacked
 
 def heldout_table(scores, labels, rows, axes):
     """How far to trust scores_NK on prompts that the model never saw: axis -> its row of numbers,
@@ -327,15 +349,19 @@ def heldout_table(scores, labels, rows, axes):
 
 def show(table):
     """Print the table's numbers, and a warning where one impression colours two axes."""
-    # Columns are the plain numbers, without "calibration" and "with".
-    names = [name for name, x in next(iter(table.values())).items() if isinstance(x, float)]
+    names = [name for name in next(iter(table.values())) if name not in ("n", "with")]
     say(f"\n{'held out':<15}{'n':>9}" + "".join(f"{name:>9}" for name in names))
     for axis, row in table.items():
-        say(f"{axis:<15}{row['n']:>9}" + "".join(f"{row[name]:>9.3f}" for name in names))
+        line = f"{axis:<15}{row['n']:>9}"
+        for name in names:
+            cell = "-" if row[name] is None else f"{row[name]:.3f}"  # too few rows, or all the same
+            line += f"{cell:>9}"
+        say(line)
     for axis, row in table.items():
         for other, (label_r, score_r) in row["with"].items():
             # The policy would be paid twice for the one impression.
-            if axis < other and abs(score_r) > abs(label_r) + 0.25:
+            known = None not in (label_r, score_r)
+            if axis < other and known and abs(score_r) > abs(label_r) + 0.25:
                 say(f"warning: halo: scores of {axis} and {other} correlate at {score_r:.2f}, "
                     f"their labels at {label_r:.2f}")
 
@@ -345,13 +371,16 @@ def show(table):
 def score_file(cfg, rank, world, dtype):
     """The rows of `cfg.score` with their "scores" -> `cfg.out`."""
     records = list(read_jsonl(cfg.score))  # (file:line, record) pairs
-    rows = [answered(*record) for record in records]
-    model = fill(load_reward_model(cfg.reward_model))
-    scores = collect(score(model, rows[rank::world]).tolist())
+    rows = []  # as those of mogrpo.py's rollouts
+    for record in records:
+        messages, response = answered(*record)
+        rows.append(dict(prompt=dict(messages=messages), text=response))
+    models = load_reward_models(cfg.reward_model, dtype)
+    scores = collect(score_responses(rows[rank::world], models, None).tolist())
     lines = []
     for (_, record), scores_K in zip(records, scores):
-        record["scores"] = dict(zip(model.axes, scores_K))
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        record["scores"] = dict(zip(axes_of(models, None), scores_K))
+        lines.append(to_json(record) + "\n")
     if rank == 0:
         write_text(cfg.out, "".join(lines))
     say(f"{len(rows)} scored in {cfg.out}")

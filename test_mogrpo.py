@@ -13,16 +13,19 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # for the CPU, also on a GPU machine
+os.environ.setdefault("HF_HUB_OFFLINE", "1")         # a name that is no folder fails at once
 
 import pytest
 import torch
@@ -71,8 +74,9 @@ def tiny_tokenizer(pad="<pad>", template=CHAT, last_words=()):
     )
 
 def tiny_config(kind, tied=True, **other):
-    if kind == "gemma2":
-        other.update(sliding_window=8, final_logit_softcapping=3.0)
+    head = dict(granite=dict(logits_scaling=3.0), cohere=dict(logit_scale=0.4),
+                gemma2=dict(sliding_window=8, final_logit_softcapping=3.0))
+    other |= head.get(kind, {})
     return transformers.AutoConfig.for_model(
         kind,
         vocab_size=64,
@@ -186,10 +190,18 @@ def toy(tmp_path_factory):
 def run_main(script, *args):
     """A script's own main in this process, as one process."""
     try:
-        script.main(mogrpo.parse(script.Config, args, script.__doc__, script.TOY))
+        toy = getattr(script, "TOY", {})
+        script.main(mogrpo.parse(script.Config, args, script.__doc__, toy))
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end_run()
+
+def end_run():
+    """What the end of a process does."""
+    for lock in mogrpo.HELD:
+        lock.close()
+    mogrpo.STOPS.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 def refused(capsys, call, *parts):
     """`call` must end with exit status 2 and one line on stderr that holds all `parts`."""
@@ -216,7 +228,7 @@ def without_time(rows):
 
 @KINDS
 @pytest.mark.parametrize("tied", [True, False])
-def test_loaded_by_slices_equals_the_library(kind, tied, tmp_path, world, monkeypatch):
+def test_loaded_and_saved_equals_the_library(kind, tied, tmp_path, world):
     """Weights from several bfloat16 files, rotary frequencies, tying; back by `save_folder`."""
     path = str(tmp_path)
     model = tiny_model(kind, tied).to(torch.bfloat16)
@@ -224,9 +236,7 @@ def test_loaded_by_slices_equals_the_library(kind, tied, tmp_path, world, monkey
     assert os.path.exists(f"{path}/model.safetensors.index.json")  # so there are several
     tiny_tokenizer().save_pretrained(path)
     stock = stock_model(path, dtype=torch.float32)
-    with monkeypatch.context() as patch:  # the whole model is never read
-        patch.setattr(transformers.PreTrainedModel, "from_pretrained", None)
-        policy = policy_of(path)
+    policy = policy_of(path)
     lm = policy.lm
     is_tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     assert is_tied == (tied or kind == "gpt2")
@@ -324,7 +334,7 @@ def sample(policy, prompts, keys, temperature, tokens=24):
     with mogrpo.gathered(policy):
         return mogrpo.sample(policy, prompts, u_BT, temperature)
 
-@KINDS
+@pytest.mark.parametrize("kind", "qwen2 llama qwen3 gemma2 gpt2 granite cohere".split())
 def test_sampled_equals_generated_and_rescored(kind, tmp_path, world):
     """Greedily by the library, else by the trainer; and whatever the batch is."""
     path = folder_of(tmp_path, kind, tied=False)
@@ -387,7 +397,7 @@ def test_rollout_calls_no_collective(tmp_path):
         assert seen.collectives == 3  # one a block, and one for the rest
     dist.destroy_process_group()
 
-@pytest.mark.parametrize("kind", ["bert", "cohere"])  # not causal; logits not head(hidden)
+@pytest.mark.parametrize("kind", ["bert", "mamba"])  # not causal; no attention to mask
 def test_unsupported_models_are_refused(kind, tmp_path, world, capsys):
     policy = policy_of(folder_of(tmp_path, kind))
     refused(capsys, lambda: mogrpo.check_support(policy), "not supported")
@@ -506,7 +516,7 @@ def slow_loss(stock, ref, rows, cfg):
         gain = row["advantage"] * off.clamp(max=2.0)  # truncated importance weight
         bounded = rho.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
         surrogate = torch.min(rho * gain, bounded * gain)
-        d = pi_ref - pi
+        d = (pi_ref - pi).clamp(max=3)
         k3 = d.exp() - d - 1
         terms = torch.stack([cfg.beta * k3 - surrogate, k3, surrogate < rho * gain])
         sums = sums + share * terms.sum(1)
@@ -541,7 +551,7 @@ def test_loss_and_gradient_equal_the_formulas(kind, norm, tmp_path, world):
             sampler_logp=old + 0.5 * torch.randn(n + 1),  # a sampler that is far off
             advantage=advantages[i],
         ))
-    descent = torch.optim.SGD(stock.parameters(), 0.02)
+    descent = torch.optim.SGD(stock.parameters(), 0.03)
     numbers = []
     for _ in range(2):
         sums = slow_loss(stock, ref, rows, cfg)
@@ -549,20 +559,20 @@ def test_loss_and_gradient_equal_the_formulas(kind, norm, tmp_path, world):
         sums[0].backward()
         descent.step()
         numbers.append(sums.detach())
-    assert numbers[0][2] == 0 and numbers[1][2] > 0.02  # the second one does clip
+    assert numbers[0][2] == 0 and numbers[1][2] > 0.005  # the second one does clip
     expected = sum(numbers).div(2).tolist()
     reference = policy_of(other, torch.float64)
     for budget in (10**6, 64, 1):  # all at once, a few rows, one row a micro-batch
         cfg.micro_tokens = budget
         policy = policy_of(path, torch.float64)
-        weights = dict(params=list(policy.parameters()), peak_lr=0.02)
+        weights = dict(params=list(policy.parameters()), peak_lr=0.03)
         run = SimpleNamespace(
             cfg=cfg,
             world=1,
             policy=policy,
             reference=reference,
             optimizer=torch.optim.SGD([weights]),
-            state=dict(updates=0, skipped=0),
+            state=dict(updates=0, skipped=0, fault=""),
         )
         # At that step the learning rate is peak_lr
         metrics = mogrpo.grpo_update(run, rows, None, advantages, 2 * cfg.steps)
@@ -644,8 +654,7 @@ def test_rewards_of_several_sources_stand_side_by_side(tiny_run, capsys):
     pairs = [(row["messages"], row["response"]) for row in rows]
     columns = []
     for path in ("rm", "two"):
-        model = mogrpo.fill(mogrpo.load_reward_model(path))
-        columns.append(mogrpo.score(model, pairs))
+        columns.append(mogrpo.score(loaded(path), pairs))
     learned = torch.cat(columns, 1)
     assert (learned.std(0) > 0).all()
     for row, numbers in zip(rows, learned.tolist()):
@@ -654,20 +663,6 @@ def test_rewards_of_several_sources_stand_side_by_side(tiny_run, capsys):
     mogrpo.write_text("kind.py", RULES.replace("short", "kind"))
     for flags in ("--reward_model=rm,rm", "--reward_model=rm --rules=kind.py"):
         refused_run(capsys, [*tiny_run, *flags.split()], "kind")
-
-@pytest.mark.parametrize("body, part", [
-    ("1 / 0", "division"),
-    ("1 / 0 if response else {'a': 1}", "division"),
-    ("{'a': 1} if response else {'a': 1, 'b': 1}", "b"),
-    ("{'b': 1} if response else {'a': 1}", "a"),
-    ("{'a': 'high' if response else 1}", "high"),
-    ("{'a': float('nan')}", "finite"),
-    ("[1, 2]", ""),
-    ("{'a': 1", ""),
-])
-def test_bad_rules(tiny_run, capsys, body, part):
-    mogrpo.write_text("bad.py", f"def scores(record, response):\n    return {body}\n")
-    refused_run(capsys, [*tiny_run, "--rules=bad.py"], "bad.py", part)
 
 def test_rules_without_the_function(tiny_run, capsys):
     mogrpo.write_text("bad.py", "score = 1\n")
@@ -711,7 +706,10 @@ def trained(request, tmp_path_factory):
     return f"{folder}/rm"
 
 def loaded(path, **head):
-    return mogrpo.fill(mogrpo.load_reward_model(path, **head))
+    mogrpo.join_world(alone=True)
+    model = mogrpo.fill(mogrpo.load_reward_model(path, **head))
+    dist.destroy_process_group()
+    return model
 
 def test_reward_model_learns_and_loads_in_stock(trained):
     [table] = rows_of(f"{trained}/heldout.json")
@@ -746,12 +744,15 @@ def test_gradient_is_that_of_the_mean_over_axes(loss, tmp_path, monkeypatch):
     backbone = folder_of(tmp_path / "b")
     seen = []
     def look(parameters, limit):
-        seen.extend(p.grad.full_tensor() for p in parameters)
+        parameters = list(parameters)
+        seen.extend(p.grad.full_tensor().clone() for p in parameters)
+        return real(parameters, limit)
+    real = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
     train_rm(tmp_path, f"--heldout_ratings={sparse} --loss={loss} --epochs=1 --batch_size=240")
 
     torch.manual_seed(0)
-    model = loaded(backbone, id2label={0: "early", 1: "late"})
+    model = loaded(backbone, id2label={0: "early", 1: "late"})  # draws the same head
     ids = [mogrpo.render(model.tokenizer, *row) for row in rows]
     scores_NK = mogrpo.logits_of(model, ids).sigmoid()
     expected = 0
@@ -801,7 +802,7 @@ def test_training_resumes_exactly(tmp_path, monkeypatch):
     train_rm(tmp_path, flags + " --resume")
     assert len(calls) == 10 + 15 - 8  # from the checkpoint after 8
     assert not (cut / "checkpoint").exists()
-    for name in ("model-00001-of-00001.safetensors", "heldout.json"):
+    for name in ("model.safetensors", "heldout.json"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
 
 def test_split_keeps_prompts_together(tmp_path):
@@ -861,14 +862,12 @@ def test_heldout_table_against_plain_arithmetic():
             low=rho - margin,
             high=rho + margin,
             auc=4 / 6,  # two ties
-            ece=(2 * 0.25 + 2.875 - 2) / 5,
             length=-1,
         ),
     )
     for axis, numbers in expected.items():
         found = {name: table[axis][name] for name in numbers}
         assert found == approx(numbers, nan_ok=True)
-    assert [n for n, _, _ in table["safe"]["calibration"]] == [2, 3]
     label_r = 0.5 / math.sqrt(0.5 * 2 / 3)  # of the three rows that rate both
     score_r = (0.6 - 1.1 / 3) / math.sqrt(variance * 2 / 3)
     assert table["safe"]["with"]["kind"] == approx([label_r, score_r])
@@ -894,23 +893,6 @@ def test_score_command_keeps_the_rows(trained, tmp_path):
     expected = mogrpo.score(loaded(trained), SAMPLES)
     assert torch.allclose(torch.tensor(scores), expected, atol=1e-5)
 
-RATED = '{"prompt": "w1", "response": "w2", "scores": %s}'
-
-@pytest.mark.parametrize("row, wrong", [
-    ('{"prompt": "w1", "scores": {"good": 1}}', "r.jsonl:1 response"),
-    ('{"prompt": "w1", "response": "w2"}', "no row has a score"),
-    (RATED % '{"good": null}', "no row has a score"),
-    (RATED % '{"good": 1.5}', "r.jsonl:1 good=1.5 from 0 to 1"),
-    (RATED % '{"good": "high"}', "good=high"),
-    (RATED % '{"good": true}', "good=True"),
-    (RATED % "[1]", "r.jsonl:1 scores"),
-    (RATED % '{"good": 1}', "too few"),
-])
-def test_bad_ratings(row, wrong, tmp_path, capsys):
-    folder_of(tmp_path / "b")
-    mogrpo.write_text(f"{tmp_path}/r.jsonl", row)
-    refused(capsys, lambda: train_rm(tmp_path, ""), *wrong.split())
-    assert not (tmp_path / "rm").exists()
 
 # ==================================================================================================
 # data/
@@ -959,7 +941,6 @@ def test_toy_world_is_complete(toy, capsys):
 # --------------------------------------------------------------------------------------------------
 # The judge
 
-RATER = SimpleNamespace(**vars(judge), TOY={})  # a script for run_main
 RUBRICS = {"kind": "w1 w2 w3", "brief": "w4"}
 
 def judge_flags(samples, kind="qwen3"):
@@ -977,7 +958,7 @@ def test_judge_is_the_expected_digit(kind, tmp_path, monkeypatch):
     for i in range(6):
         samples.append(dict(prompt=f"w{i} w2", response=f"w{7 * i} w3 " * i))
     flags = judge_flags(samples, kind)
-    run_main(RATER, *flags)
+    run_main(judge, *flags)
 
     stock = stock_model("judge")
     tokenizer = tiny_tokenizer(last_words="12345")
@@ -999,7 +980,7 @@ def test_judge_is_the_expected_digit(kind, tmp_path, monkeypatch):
     assert expected_M.std() > 0.01
     found_M5 = judge.digit_probs(stock, tokenizer, questions, 10**6)
     torch.testing.assert_close(found_M5, p_M5)
-    run_main(RATER, *flags, "--max_tokens=3", "--out=none.jsonl")
+    run_main(judge, *flags, "--max_tokens=3", "--out=none.jsonl")
     for row in rows_of("none.jsonl"):
         assert row["scores"] == dict.fromkeys(RUBRICS)
 
@@ -1010,17 +991,17 @@ def test_ratings_continue_after_a_kill(tmp_path, monkeypatch, capsys):
         row = dict(prompt=f"w{i % 50}", response=f"w{i % 7} w9", id=i, scores={"old": 1})
         samples.append(row)
     flags = judge_flags(samples)
-    run_main(RATER, *flags, "--out=whole.jsonl")
+    run_main(judge, *flags, "--out=whole.jsonl")
     assert "answers with a digit" in capsys.readouterr().out  # a random model does not: it says so
     calls = [DEFAULT, KeyboardInterrupt, DEFAULT, DEFAULT]
     killed = Mock(wraps=judge.digit_probs, side_effect=calls)
     monkeypatch.setattr(judge, "digit_probs", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_main(RATER, *flags, "--out=cut.jsonl")
+        run_main(judge, *flags, "--out=cut.jsonl")
     assert len(rows_of("cut.jsonl")) == 32
     with open("cut.jsonl", "a") as f:
         f.write('{"prompt": "w3')  # killed within a line
-    run_main(RATER, *flags, "--out=cut.jsonl")
+    run_main(judge, *flags, "--out=cut.jsonl")
     assert killed.call_count == 4
     whole = rows_of("whole.jsonl")
     cut = rows_of("cut.jsonl")
@@ -1042,7 +1023,7 @@ def test_ratings_continue_after_a_kill(tmp_path, monkeypatch, capsys):
         ("--rubrics=none.json", "none.json"),
         ("--samples=", "--samples"),
     ):
-        refused(capsys, lambda: run_main(RATER, *flags, "--out=whole.jsonl", flag), part)
+        refused(capsys, lambda: run_main(judge, *flags, "--out=whole.jsonl", flag), part)
     assert rows_of("whole.jsonl") == whole
 
 # ==================================================================================================
@@ -1128,13 +1109,6 @@ def test_best_and_worst_of_a_group_are_never_parted(world):
             tokens = [response[0] for _, response in batch.rows]
             seen += zip(tokens[::2], tokens[1::2], batch.signal, strict=True)
         assert sorted(seen) == [(1, 2, 1), (4, 3, 1), (6, 6, 0)]
-
-@pytest.mark.parametrize("script", (ppo, dpo))
-def test_ppo_and_dpo_refuse(tiny_run, capsys, script):
-    for flag in ("--combine=gdpo", "--beta=0", "--gae_lambda=1.5"):
-        flags = [*tiny_run, "--reward_model=rm", flag]
-        name = flag.partition("=")[0]
-        refused(capsys, lambda: run_main(script, *flags), name)
 
 # --------------------------------------------------------------------------------------------------
 # Stated weights
@@ -1250,21 +1224,6 @@ def test_picture_or_the_clear_line(policies, capsys):
         assert os.path.getsize("out/eval/eval.png") > 5000
     else:
         refused(capsys, call, "matplotlib")
-
-BAD_EVAL_FLAGS = """
---policies=one                   name=folder
---policies=one=policy,one=other  two policies
---samples=0                      --samples=0
---prompts=none.jsonl             none.jsonl
---reward_model=policy            policy
---max_prompt_tokens=1            prompt
-"""
-
-@pytest.mark.parametrize("line", BAD_EVAL_FLAGS.strip().splitlines())
-def test_bad_eval_flags(policies, capsys, line):
-    flag, *parts = line.split()
-    refused(capsys, lambda: run_main(evaluation, *policies, flag), *parts)
-    assert not os.path.exists("out")
 
 # ==================================================================================================
 # bench/
@@ -1401,7 +1360,7 @@ def steps_of(folder):
     return [row for row in rows_of(f"{folder}/metrics.jsonl") if "loss" in row]
 
 def saved_weights(folder):
-    return load_file(f"{folder}/model-00001-of-00001.safetensors")
+    return load_file(f"{folder}/model.safetensors")
 
 # --------------------------------------------------------------------------------------------------
 # The toy world
@@ -1428,7 +1387,9 @@ def test_default_run_improves_every_axis(toy, monkeypatch, capsys):
     mogrpo.join_world(alone=True)
     restored = policy_of("out/toy/policy")
     optimizer = torch.optim.AdamW(restored.parameters())
-    state = mogrpo.load_checkpoint("out/short/checkpoint", restored, optimizer)
+    state = dict.fromkeys("step updates skipped skipped_in_a_row fault before log_sizes log_lambda"
+                          .split())
+    mogrpo.load_checkpoint("out/short", restored, optimizer, state)
     assert state["step"] == 20
     stock = stock_model("out/short/policy")
     for p, q in zip(restored.parameters(), stock.parameters(), strict=True):
@@ -1492,6 +1453,35 @@ def test_resume_is_exact_after_a_stop_at_any_step(script, flags, stops, toy, mon
                 assert row[f"lambda/{axis}"] == approx(math.exp(log_lambda))
         assert rows[-1]["lambda/safety"] > 1 > rows[-1]["lambda/politeness"]
 
+@pytest.mark.skipif("MOGRPO_TORTURE" not in os.environ, reason="minutes; MOGRPO_TORTURE=30")
+def test_torture(toy, monkeypatch):
+    """SIGKILL at random moments, also within checkpoints and renames: bit for bit the same run."""
+    monkeypatch.chdir(toy)
+    few_heldout()
+    random.seed(os.environ["MOGRPO_TORTURE"])
+    seconds = {}  # that an unbroken run takes
+    for kill in range(int(os.environ["MOGRPO_TORTURE"])):
+        count = 1 + kill % 2
+        floors = FLOORS * (kill // 2 % 2)
+        whole = f"out/torture-{count}-{len(floors)}"
+        command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={count}"
+        flags = [*SMALL, "--steps=8", "--save_interval=1", "--heldout_prompts=few.jsonl", *floors]
+        command = [*command.split(), f"{HERE}/mogrpo.py", *flags]
+        if whole not in seconds:
+            start = time.time()
+            subprocess.run([*command, f"--out_dir={whole}"], check=True)
+            seconds[whole] = time.time() - start
+        cut = f"out/cut-{kill}"
+        command = [*command, f"--out_dir={cut}"]
+        process = subprocess.Popen(command)
+        time.sleep(random.uniform(0.3, 1) * seconds[whole])
+        subprocess.run(["pkill", "-KILL", "-f", cut])
+        process.wait()
+        print("kill", kill, sorted(os.listdir(cut)) if os.path.exists(cut) else "nothing yet")
+        subprocess.run([*command, "--resume"], check=True)
+        same_run(whole, cut, within=0)
+        assert rows_of(f"{cut}/samples.jsonl") == rows_of(f"{whole}/samples.jsonl")
+
 def test_bfloat16_starts_at_the_reference(toy, monkeypatch):
     """The GPU's arithmetic: bfloat16 compute on float32 weights, and a bfloat16 reference."""
     monkeypatch.chdir(toy)
@@ -1540,6 +1530,7 @@ def work(rank, count, node, name):
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
     # One group for all runs
     dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
+    mogrpo.RANK = rank
     mogrpo.IS_FIRST = rank == 0
     real = torch.optim.AdamW.step
     def step(self, *args):
@@ -1635,70 +1626,360 @@ def test_bad_gradients_are_skipped_and_ten_stop_the_run(flags, monkeypatch, caps
     assert [r["loss"] is None for r in rows] == [False, True, False] + [True] * 9
     assert len(calls) == 13
 
-BAD_FLAGS = """
+# Under a script a line spoils a file (NAME < text) or a config (NAME.json: KEY = JSON), adds flags,
+# or both, and names what the one line on stderr must hold
+BAD_INPUT = r"""
+[mogrpo]
 --group_size=1                 | --group_size=1 least 2
 --group_size=-3                | --group_size=-3
 --lr=fast                      | --lr fast
 --lr=nan                       | --lr=nan
+--lr=inf                       | --lr=inf
+--lr=1e30                      | --lr=1e+30
+--lr=0                         | --lr=0
 --steps=2.5                    | --steps 2.5
+--steps=0                      | --steps=0
+--steps=                       | --steps
+--steps                        | --steps expected
+--seed=1234567890123456789012345 | --seed=1234567890123456789012345
+--seed=-1                      | --seed=-1
 --grup_size=4                  | --grup_size=4
 stray                          | stray
+--temperature=0                | --temperature=0
+--temperature=1e-30            | --temperature=1e-30
+--temperature=-1               | --temperature=-1
+--epochs=0                     | --epochs=0
+--grad_clip=0                  | --grad_clip=0
+--micro_tokens=0               | --micro_tokens=0
+--sample_rows=-8               | --sample_rows=-8
+--lora_rank=-1                 | --lora_rank=-1
+--lora_alpha=0                 | --lora_alpha=0
+--std_floor=0                  | --std_floor=0
+--eval_samples=0               | --eval_samples=0
+--beta=-0.1                    | --beta=-0.1
+--dtype=int8                   | --dtype=int8 bfloat16
+--hsdp=perhaps                 | --hsdp
 --weights=good=nan             | --weights good=nan
---weights=good                 | --weights
+--weights=good                 | --weights good
+--weights=good=-1              | --weights good=-1
+--weights=good=1e39            | --weights good=1e39
+--weights=good=1,good=2        | --weights good=2 once
+--weights==1                   | --weights =1
+--weights=good=1,              | --weights
+--weights=,                    | --weights
 --weights=nice=1               | nice good, kind
 --weights=good=0,kind=0        | --weights 0
 --combine=product              | --combine=product sum
 --combine=lagrangian           | --floors
 --floors=good=1                | --combine=lagrangian
---combine=lagrangian --floors=nice=1 | nice good, kind
+--combine=lagrangian --floors=nice=1   | nice good, kind
+--combine=lagrangian --floors=good=7   | --floors good=7
+--combine=lagrangian --floors=good=.5,good=.6 | --floors good=.6 once
 --loss_norm=x                  | --loss_norm=x sequence
 --resume=maybe                 | --resume
+--out_dir=                     | --out_dir
+--prompts=                     | --prompts
 --prompts=none.jsonl           | none.jsonl No such file
---policy=no/where/here         | no/where/here
---reward_model=policy          | policy score.weight
+--prompts=rm                   | rm directory
+--policy=no/where/here         | no/where/here such folder
+--policy=nowhere               | nowhere such folder
+--policy=                      | such folder
+--reward_model=nowhere         | nowhere such folder
+--reward_model=policy          | policy: score.weight
+--reward_model=rm,rm           | axes good
+--reward_model=rm,             | such folder
+--rules=none.py                | none.py
+--rules=policy                 | policy
+--truth=none.py                | none.py
 --prompts_per_step=13          | prompts_per_step=13
 --max_prompt_tokens=2          | (0 prompts
---temperature=0                | --temperature=0
+--max_new_tokens=40000         | prompts.jsonl:1 32768 positions
+prompts.jsonl <                | prompts.jsonl empty
+prompts.jsonl < {"prompt": "w1"}\n{oops | prompts.jsonl:2 broken JSON
+prompts.jsonl < [1]            | prompts.jsonl:1 object
+prompts.jsonl < {} {}          | prompts.jsonl:1 broken
+prompts.jsonl < {"text": "x"}  | prompts.jsonl:1 prompt
+prompts.jsonl < \n{"prompt": "  "} | prompts.jsonl:2 empty
+prompts.jsonl < {"prompt": 3}  | prompts.jsonl:1
+prompts.jsonl < {"prompt": null} | prompts.jsonl:1
+prompts.jsonl < {"messages": []} | prompts.jsonl:1
+prompts.jsonl < {"messages": {"role": "user"}} | prompts.jsonl:1
+prompts.jsonl < {"messages": [{"role": "assistant", "content": "w"}]} | prompts.jsonl:1 assistant
+prompts.jsonl < {"messages": [{"role": "tool", "content": "w"}]} | prompts.jsonl:1 role user
+prompts.jsonl < {"messages": [{"role": "user"}]} | prompts.jsonl:1
+prompts.jsonl < {"prompt": "\ud800"} | prompts.jsonl:1
+prompts.jsonl < {"prompt": "w1", "tag": 7} | prompts.jsonl:1 tag 7
+prompts.jsonl < {"prompt": "w1", "tag": ["a"]} | prompts.jsonl:1 tag
+prompts.jsonl < {"prompt": DEEP} | prompts.jsonl:1
+prompts.jsonl < {"prompt": 1DIGITS} | prompts.jsonl:1
+broken.jsonl.gz < no gzip @ --prompts=broken.jsonl.gz | broken.jsonl.gz
+policy/config.json: hidden_size = 64        | policy: embed_tokens.weight
+policy/config.json: num_hidden_layers = 3   | policy: num_hidden_layers
+policy/config.json: vocab_size = 50         | policy: embed_tokens.weight
+policy/config.json: model_type = "zebra"    | policy: zebra
+policy/generation_config.json: eos_token_id = 99       | policy: end-of-text
+policy/generation_config.json: eos_token_id = -4       | policy: end-of-text
+policy/config.json < []                     | policy:
+policy/tokenizer.json < {}                  | policy:
+policy/model.safetensors < x                | policy:
+policy/chat_template.jinja < {{ '' }}       | prompts.jsonl:1 0 tokens
+policy/chat_template.jinja < {{ oops(       | template
+rm/config.json: id2label = null             | id2label
+rm/config.json: id2label = {"0": 1, "1": 2} | rm:
+rm/config.json: id2label = {"0": "a", "1": "a"} | rm: names
+rm/config.json: id2label = {"0": "a,b", "1": "c"} | rm: names
+rm/config.json: id2label = {"0": "a=b", "1": "c"} | rm: names
+rm/config.json: id2label = {"0": "", "1": "c"} | rm: names
+rm/config.json: id2label = {"x": "a"}       | rm:
+bad.py < 1 / 0                              @ --rules=bad.py | bad.py division
+bad.py < 1 / 0 if response else {'a': 1}    @ --rules=bad.py | bad.py division
+bad.py < {'a': 1} if response else {'a': 1, 'b': 1} @ --rules=bad.py | bad.py axes
+bad.py < {'b': 1} if response else {'a': 1} @ --rules=bad.py | bad.py axes
+bad.py < {'a': 'high' if response else 1}   @ --rules=bad.py | bad.py high
+bad.py < [1, 2]                             @ --rules=bad.py | bad.py names
+bad.py < {'a,b': 1}                         @ --rules=bad.py | bad.py names
+bad.py < {'good': 1}                        @ --rules=bad.py | axes good
+bad.py < {'a': 1                            @ --rules=bad.py | bad.py
+[reward_model]
+--scale=1,0                    | --scale=1,0
+--scale=a,b                    | --scale=a,b
+--loss=x                       | --loss=x mse
+--dtype=x                      | --dtype=x
+--epochs=0                     | --epochs=0
+--lr=-1                        | --lr=-1
+--lr=nan                       | --lr=nan
+--batch_size=0                 | --batch_size=0
+--save_interval=0              | --save_interval=0
+--axes=nice                    | nice
+--axes=early,early             | --axes
+--axes=,                       | --axes
+--axes=a=b                     | --axes
+--out_dir=                     | --out_dir
+--ratings=none.jsonl           | none.jsonl
+--backbone=none                | none such folder
+r.jsonl < {"prompt": "w1", "scores": {"good": 1}} | r.jsonl:1 response
+r.jsonl < {"prompt": "w1", "response": "w2"}      | no row has a score
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": null}} | no row has a score
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": 1.5}}  | r.jsonl:1 good=1.5 0 to 1
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": "x"}}  | r.jsonl:1 good=x
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": true}} | r.jsonl:1 good=True
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": NaN}}  | r.jsonl:1 good=nan
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": 1DIGITS}} | r.jsonl:1
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"a,b": 1}}     | r.jsonl a,b names
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"": 1}}        | r.jsonl names
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": [1]}            | r.jsonl:1 scores
+r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": 1}}    | too few
+--score=none.jsonl             | none.jsonl
+--score=r.jsonl --out=/dev/null   | --out=/dev/null
+--score=r.jsonl --out=r.jsonl     | --out=r.jsonl
+--score=r.jsonl --out=./rm/../r.jsonl | --out=./rm/../r.jsonl
+--score=r.jsonl --out=rm          | --out=rm
+--score=r.jsonl --out=no/where    | --out=no/where
+--score=r.jsonl --reward_model=no | no such folder
+[eval]
+--policies=one                 | --policies=one name=folder
+--policies=one=policy,one=x    | two policies
+--samples=0                    | --samples=0
+--temperature=-1               | --temperature=-1
+--dtype=x                      | --dtype=x
+--prompts=none.jsonl           | none.jsonl
+--prompts=                     | --prompts
+--reward_model=policy          | policy
+--max_prompt_tokens=1          | prompt
+[data.judge.prepare]
+--samples=                     | --samples
+--samples=none.jsonl           | none.jsonl
+--judge=none                   | none such folder
+--out=/dev/null                | --out=/dev/null
+--out=r.jsonl                  | --out=r.jsonl
+--rubrics=none.json            | none.json
+rubrics.json < {"a": DEEP}     @ --rubrics=rubrics.json | rubrics.json
+rubrics.json < {"a": 1}        @ --rubrics=rubrics.json | rubrics.json expected
+rubrics.json < ["kind"]        @ --rubrics=rubrics.json | rubrics.json expected
+[ablations.ppo]
+--gae_lambda=5                 | --gae_lambda=5
+--combine=gdpo                 | --combine
+--beta=0                       | --beta
+[ablations.dpo]
+--combine=gdpo                 | --combine
+--beta=0                       | --beta
+[ablations.steer]
+--sweep=nice                   | --sweep=nice good, kind
+--picture                      | --sweep
 """
 
-@pytest.mark.parametrize("line", BAD_FLAGS.strip().splitlines())
-def test_bad_flags(flags, capsys, line):
-    typed, parts = line.split("|")
-    refused_run(capsys, [*flags, *typed.split()], *parts.split())
+def bad_lines():
+    script = None
+    for line in BAD_INPUT.strip().splitlines():
+        if line.startswith("["):
+            script = line.strip("[]")
+        else:
+            yield script, line
+
+def everything():
+    """What stands in the working folder: names and contents."""
+    found = {}
+    for folder, _, names in os.walk("."):
+        for name in names:
+            with open(f"{folder}/{name}", "rb") as f:
+                found[f"{folder}/{name}"] = f.read()
+    return found
+
+@pytest.mark.parametrize("script, line", list(bad_lines()))
+def test_bad_input(flags, capsys, script, line):
+    """One line that names the place, exit status 2, and nothing on disk is changed."""
+    ratings_file("r.jsonl", 40)
+    base = dict(
+        reward_model="--ratings=r.jsonl --backbone=policy --out_dir=out/rm",
+        eval="--policies=one=policy,two=policy --prompts=prompts.jsonl --reward_model=rm",
+    ).get(script, " ".join(flags))
+    if "judge" in script:
+        base = "--judge=policy --samples=r.jsonl --out=rated.jsonl"
+    spoil, parts = line.replace("DIGITS", "0" * 5000).rsplit(" | ", 1)
+    spoil = spoil.strip().replace("DEEP", "[" * 10**5)
+    typed = spoil
+    if not spoil.startswith("--") and spoil != "stray":
+        spoil, _, typed = spoil.partition(" @ ")
+        name, config, value = spoil.partition(".json: ")
+        if config:
+            with open(f"{name}.json") as f:
+                text = json.load(f)
+            key, _, value = value.partition(" = ")
+            text[key] = json.loads(value)
+            text = json.dumps(text)
+        else:
+            name, _, text = spoil.partition(" <")
+            text = text.strip(" ").replace("\\n", "\n")
+            if name.endswith(".py"):
+                text = f"def scores(record, response):\n    return {text}\n"
+        mogrpo.write_text(name + ".json" * bool(config), text)
+    before = everything()
+    call = lambda: run_main(module(script), *base.split(), *typed.split())
+    refused(capsys, call, *parts.split())
+    assert before.items() <= everything().items()
+    assert "if response" in line or not os.path.exists("out")
+
+def spoil_weight(file, name, row):
+    weights = load_file(file)
+    weights[name][row] = math.nan
+    save_file(weights, file, metadata={"format": "pt"})
+
+@pytest.mark.parametrize("folder, name, parts", [
+    ("rm", "score.weight", "['kind']"),
+    ("rm", "model.embed_tokens.weight", "model.embed_tokens.weight"),  # of a word that may come
+    ("policy", "model.embed_tokens.weight", "model.embed_tokens.weight"),
+])
+def test_one_nan_in_a_folder_is_refused(flags, capsys, folder, name, parts):
+    spoil_weight(f"{folder}/model.safetensors", name, 1)
+    refused_run(capsys, flags, f"{folder}: ", parts)
     assert not os.path.exists("out")
 
-@pytest.mark.parametrize("content, parts", [
-    (b"", "empty"),
-    (b'{"prompt": "w1"}\n{oops\n', ":2 broken JSON"),
-    (b"[1]\n", ":1 object"),
-    (b'{"text": "x"}\n', ":1 prompt"),
-    (b'\n{"prompt": "  "}\n', ":2 empty"),
-    (b'{"prompt": 3}\n', ":1"),
-    (b'{"messages": []}\n', ":1"),
-    (b'{"messages": [{"role": "assistant", "content": "w"}]}\n', ":1 assistant"),
-    (b'{"prompt": "\\ud800"}\n', ":1"),
-    (b"\xff\xfe\x00", ""),
-])
-def test_bad_prompts(flags, tmp_path, capsys, content, parts):
-    (tmp_path / "bad.jsonl").write_bytes(content)
-    refused_run(capsys, [*flags, "--prompts=bad.jsonl"], "bad.jsonl", *parts.split())
-
-SPOILED = """
-rm     id2label          null    id2label
-policy hidden_size       64      embed_tokens.weight
-policy num_hidden_layers 3       num_hidden_layers
-policy model_type        "zebra" zebra
+NAN_RULES = """
+def scores(record, response):
+    odd = BAD and len(response) % 3 == 0
+    return {"fine": len(response), "odd": float("nan") if odd else len(response) / 50}
 """
 
-@pytest.mark.parametrize("line", SPOILED.strip().splitlines())
-def test_spoiled_configs(flags, capsys, line):
-    folder, key, value, part = line.split()
-    path = f"{folder}/config.json"
-    with open(path) as f:
-        config = json.load(f)
-    config[key] = json.loads(value)
-    write_rows(path, [config])
-    refused_run(capsys, flags, f"{folder}: ", part)
+def test_scores_that_are_not_finite(tiny_run, capsys):
+    """They cost their group, not the step, and move no multiplier; none at all cost the run."""
+    mogrpo.write_text("odd.py", NAN_RULES.replace("BAD", 'record["answer"] == "3"'))
+    flags = [*tiny_run, "--rules=odd.py", "--steps=3", "--beta=0", "--combine=lagrangian"]
+    run_main(mogrpo, *flags, "--floors=odd=0.9")
+    assert "scores of odd are not finite" in capsys.readouterr().out
+    for row in steps_of("out/mogrpo"):
+        assert row["skipped"] == 0 and row["grad_norm"] > 0
+        assert 0.1 < row["score/odd"] < 1 < row["lambda/odd"]
+    mogrpo.write_text("odd.py", NAN_RULES.replace("BAD and len(response) % 3 == 0", "True"))
+    refused_run(capsys, [*flags, "--floors=odd=0.9"], "no update succeeded", "'reward': nan")
+    for row in steps_of("out/mogrpo"):
+        assert row["score/odd"] is None and row["lambda/odd"] == 1
+    for name in mogrpo.LOGS:
+        with open(f"out/mogrpo/{name}") as f:
+            assert "NaN" not in f.read()
+    assert not os.path.exists("out/mogrpo/policy")
+
+def test_reward_training_that_diverges(tmp_path, capsys):
+    folder_of(tmp_path / "b")
+    ratings_file(tmp_path / "r.jsonl")
+    refused(capsys, lambda: train_rm(tmp_path, "--lr=1e11 --head_lr=1e11"), "not finite")
+    assert not (tmp_path / "rm/model.safetensors").exists()
+
+def test_special_tokens_spelled_out_are_text():
+    """For policy, reward model and judge alike: no text can end its turn."""
+    tokenizer = tiny_tokenizer()
+    turns = [dict(role="user", content="w1 <end> <user> w2")]
+    for response in (None, "w3 <end> w4"):
+        ids = mogrpo.render(tokenizer, turns, response)
+        plain = mogrpo.render(tokenizer, [dict(role="user", content="w1")], response and "w3")
+        for special in tokenizer.all_special_ids:
+            if special != tokenizer.unk_token_id:  # which pieces of words become here
+                assert ids.count(special) == plain.count(special)
+
+def test_control_characters_are_shown(capsys):
+    mogrpo.say("a\x1b[2J\u202eb\n")
+    assert capsys.readouterr().out == "a\\x1b[2J\\u202eb\n\n"
+
+def test_corrupt_gz(flags, capsys):
+    packed = bytearray(gzip.compress(os.urandom(500)))
+    packed[60] ^= 255
+    with open("p.jsonl.gz", "wb") as f:
+        f.write(packed[:100])
+    refused_run(capsys, [*flags, "--prompts=p.jsonl.gz"], "p.jsonl.gz")
+
+def test_resume_keeps_to_its_flags(flags, capsys):
+    run_main(mogrpo, *flags, "--lr=1e-4", "--beta=0.5")
+    for flag in ("--policy=rm", "--prompts=rules.py", "--seed=1", "--lora_rank=2"):
+        before = everything()
+        name = flag.partition("=")[0]
+        refused_run(capsys, ["--resume", flag], f"{name} was", "cannot be resumed")
+        assert everything() == before
+    run_main(mogrpo, "--resume", "--steps=3", "--truth=rules.py")  # all else from config.json
+    assert "--steps was 1 and is now 3" in capsys.readouterr().out
+    configs = []
+    for name in ("config.json", "config.json.1"):
+        with open(f"out/mogrpo/{name}") as f:
+            configs.append(json.load(f))
+    assert [(c["steps"], c["truth"], c["lr"], c["beta"]) for c in configs] == [
+        (3, "rules.py", 1e-4, 0.5), (1, "", 1e-4, 0.5)]
+    assert [row["step"] for row in steps_of("out/mogrpo")] == [1, 2, 3]
+    mogrpo.write_text("out/mogrpo/config.json", "{")
+    refused_run(capsys, ["--resume"], "config.json")
+
+def test_a_folder_belongs_to_one_run(flags, capsys, monkeypatch):
+    mogrpo.join_world(alone=True)
+    mogrpo.lock("out/mogrpo")
+    dist.destroy_process_group()
+    refused_run(capsys, flags, "out/mogrpo: another run writes there", f"process {os.getpid()} on")
+    assert os.listdir("out") == ["mogrpo.lock"]
+
+def apart(rank):
+    """One of two processes whose working folders are not the same."""
+    os.makedirs(f"node{rank}")
+    os.chdir(f"node{rank}")
+    dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/../group", rank=rank,
+                            world_size=2)
+    mogrpo.IS_FIRST = rank == 0
+    mogrpo.SHARED_WITHIN = 0.5
+    with open("../said", "a", buffering=1) as sys.stderr:
+        mogrpo.lock("out/run")
+
+def test_nodes_must_share_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with pytest.raises(torch.multiprocessing.ProcessExitedException) as e:
+        torch.multiprocessing.start_processes(apart, (), 2, start_method="forkserver")
+    assert e.value.exit_code == 2
+    with open("said") as f:
+        assert len(f.readlines()) == 1
+    assert sorted(everything()) == ["./group", "./node0/out/run.lock", "./said"]
+
+def test_frozen_models_are_sharded_again(tmp_path, world):
+    """Also the root, which FSDP would keep whole for a backward pass that never comes."""
+    policy = mogrpo.shard(mogrpo.Policy(folder_of(tmp_path)).requires_grad_(False), torch.float32)
+    for _ in range(2):
+        sample(policy, PROMPTS, KEYS, 1.0, 2)
+        mogrpo.response_logp(policy, [(PROMPTS[0], [2])], 1.0)
+        assert all(isinstance(p, mogrpo.DTensor) for p in policy.parameters())
 
 def test_spoiled_folders(flags, capsys):
     weights = "policy/model.safetensors"
@@ -1719,24 +2000,22 @@ def test_earlier_runs_are_kept_and_damaged_checkpoints_refused(flags, capsys):
     piece = f"{folder}/{min(os.listdir(folder))}"
     assert piece.endswith(".safetensors")
     before = sorted(os.listdir("out/mogrpo"))
-    def refuse(part, *more):
-        refused_run(capsys, [*flags, "--steps=2", "--resume", *more], "checkpoint", part)
+    def refuse():
+        refused_run(capsys, [*flags, "--steps=2", "--resume"], "checkpoint", "damaged")
         assert sorted(os.listdir("out/mogrpo")) == before
         shutil.copytree("out/mogrpo.1/checkpoint", folder, dirs_exist_ok=True)
     os.truncate(piece, os.path.getsize(piece) - 100)
-    refuse("damaged")
+    refuse()
     os.remove(piece)
-    refuse("damaged")
-    with open(piece, "r+b") as f:
-        f.seek(8)
-        f.write(b"not a header")
-    refuse("damaged")
-    for text in ("[1]", "{bad"):
+    refuse()
+    for place in (8, os.path.getsize(piece) - 1):  # the header; the last number
+        with open(piece, "r+b") as f:
+            f.seek(place)
+            f.write(b"~")
+        refuse()
+    for text in ("[1]", "{bad", "[" * 10**5, '{"files": {}}'):
         mogrpo.write_text(f"{folder}/state.json", text)
-        refuse("damaged")
-    refuse("another model", "--lora_rank=2")
-    folder_of("wider", kind="llama")
-    refuse("another model", "--policy=wider")
+        refuse()
 
 def test_a_crash_while_saving_keeps_a_whole_checkpoint(flags):
     folder = "out/mogrpo/checkpoint"
@@ -1747,7 +2026,7 @@ def test_a_crash_while_saving_keeps_a_whole_checkpoint(flags):
     os.remove(f"{folder}/state.json")
     run_main(mogrpo, *flags, "--steps=4", "--resume")
     assert [row["step"] for row in steps_of("out/mogrpo")] == [1, 2, 3, 4]
-    assert os.listdir("out") == ["mogrpo"]
+    assert sorted(os.listdir("out")) == ["mogrpo", "mogrpo.lock"]
     assert not os.path.exists(f"{folder}.tmp")
 
 @pytest.mark.parametrize("name", SCRIPTS)

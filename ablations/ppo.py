@@ -112,7 +112,7 @@ def main(cfg):
     run = mogrpo.setup(cfg)
     # The critic's head is drawn alike on every process: `setup` has seeded them
     critic, _ = mogrpo.load(AutoModelForTokenClassification, cfg.policy, num_labels=1)
-    run.critic = mogrpo.shard(critic.eval(), run.dtype, cfg.recompute, cfg.hsdp)
+    run.critic = mogrpo.shard(critic.eval(), run.dtype, cfg.recompute, run.mesh)
     run.trained = torch.nn.ModuleDict(dict(policy=run.policy, critic=run.critic))  # checkpointed
     run.optimizer.add_param_group(dict(params=list(critic.parameters()), peak_lr=cfg.critic_lr))
     run.update = ppo_update

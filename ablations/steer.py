@@ -20,6 +20,7 @@ the others sharing the rest; each axis's mean score and half its 95 % interval a
         --reward_model=out/rm --prompts=p.jsonl --heldout_prompts=h.jsonl --out_dir=out/sweep
 """
 import json
+import os
 import random
 from dataclasses import dataclass
 
@@ -124,7 +125,7 @@ def main(cfg):
             "two held-out prompts")
     table = sweep(run)
     if run.rank == 0:
-        mogrpo.fresh_folder(cfg.out_dir, keep=True)
+        os.makedirs(cfg.out_dir, exist_ok=True)
         mogrpo.write_text(f"{cfg.out_dir}/sweep.json", json.dumps(table))
         if cfg.picture:
             draw(f"{cfg.out_dir}/sweep.png", cfg.sweep, table)

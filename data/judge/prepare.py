@@ -24,9 +24,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from mogrpo import DEVICE, DTYPES, by_length, collect, die, fill, join_world, launch, load, one_of
-from mogrpo import read_jsonl, render, require, say, write_text
-from reward_model import answered
+from mogrpo import DEVICE, DTYPES, by_length, catch_signals, collect, die, fill, heed_signals
+from mogrpo import join_world, launch, load, one_of, read_jsonl, render, require, say, to_json
+from mogrpo import write_text
+from reward_model import answered, check_out
 
 @dataclass
 class Config:
@@ -41,6 +42,7 @@ class Config:
         require(self.samples and self.judge, "give --samples=FILE.jsonl and --judge=MODEL")
         require(self.max_tokens > 0, f"--max_tokens={self.max_tokens}: must be greater than 0")
         one_of("dtype", self.dtype, DTYPES)
+        check_out(self.out, self.samples)
 
 RUBRICS = {
     "politeness": "Is the tone kind and respectful? "
@@ -64,7 +66,7 @@ def read_rubrics(path):
     try:
         with open(path, encoding="utf-8") as f:
             rubrics = json.load(f)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         die(f"{path}: no JSON object of rubrics: {e}")
     expected = f'{path}: expected {{"axis": "what 1 and 5 mean", ...}}'
     require(isinstance(rubrics, dict) and rubrics, expected)
@@ -140,7 +142,9 @@ def main(cfg):
 
     at_once = 32 * world  # rows between two writes: what a kill may cost
     any_digit_NK = torch.zeros(0, len(rubrics))
+    catch_signals()
     for start in tqdm(range(len(lines), len(rows), at_once), "rating", disable=rank > 0 or None):
+        heed_signals()
         own_rows = rows[start:start + at_once][rank::world]
         ids = questions(tokenizer, own_rows, rubrics)
         p_M5 = digit_probs(model, tokenizer, ids, cfg.max_tokens)
@@ -155,7 +159,7 @@ def main(cfg):
                 # JSON has no NaN
                 scores_K = [None if math.isnan(s) else round(s, 6) for s in scores_K]
                 row = {**record, "scores": dict(zip(rubrics, scores_K))}
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                f.write(to_json(row) + "\n")
 
     too_long = any_digit_NK.isnan().sum().item()
     say(f"{len(rows)} rows rated in {cfg.out}; {too_long} scores are null: the question was longer "

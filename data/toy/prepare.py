@@ -25,8 +25,8 @@ import reward_model
 from ablations.steer import stated
 from data.toy.truth import CARELESS, FRAMES, NONSENSE, POLITE, REFUSAL, REQUESTS, RUDE, VAGUE
 from data.toy.truth import request_of, scores
-from mogrpo import Policy, fill, join_world, launch, render, response_logp, sample, say, uniforms
-from mogrpo import write_text
+from mogrpo import IS_FIRST, Policy, fill, join_world, launch, render, response_logp, sample, say
+from mogrpo import uniforms, write_text
 
 @dataclass
 class Config:
@@ -207,7 +207,7 @@ def write_jsonl(path, rows):
 
 def main(cfg):
     out_dir = os.path.normpath(cfg.out_dir)
-    if os.path.exists(out_dir):
+    if os.path.exists(out_dir) or not IS_FIRST:
         say(f"{out_dir} is there already")
         return
     say(f"building the toy world in {out_dir}, once: requests, policy, ratings, reward model")
@@ -234,6 +234,7 @@ def main(cfg):
         seed=cfg.seed,
     )
     reward_model.train(reward_cfg, *process)
+    os.remove(f"{unfinished}/reward_model.lock")
     os.rename(unfinished, out_dir)  # whole or not at all
 
 
