@@ -845,14 +845,13 @@ def layout(rows):
     the right: under causal attention what comes last is seen by nothing before it, so no mask is
     needed and the flash kernel is used. The end token is a target like any other."""
     # Any number pads: no target is after a row's end, and none before it looks there
-    S = max(len(prompt) + len(response) for prompt, response in rows)
-    tokens = []
+    tokens = [torch.tensor(prompt + response) for prompt, response in rows]
+    input_ids_BS = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(DEVICE)
     positions = []
     for b, (prompt, response) in enumerate(rows):
-        tokens.append(prompt + response + [0] * (S - len(prompt) - len(response)))
-        first = b * S + len(prompt) - 1  # the last prompt token predicts the first of the response
+        # The last prompt token predicts the first of the response
+        first = b * input_ids_BS.shape[1] + len(prompt) - 1
         positions += range(first, first + len(response))
-    input_ids_BS = torch.tensor(tokens, device=DEVICE)
     positions_N = torch.tensor(positions, device=DEVICE)
     return input_ids_BS, positions_N, input_ids_BS.flatten()[positions_N + 1]
 
@@ -882,15 +881,15 @@ def add_lora(policy, rank, alpha):
             return y + adapter * linear.lora_scale
 
     inside = set(blocks(policy).modules())
-    linears = [(name, m) for name, m in policy.lm.named_modules()
-               if isinstance(m, nn.Linear) and m in inside]
+    linears = {name: m for name, m in policy.lm.named_modules()
+               if isinstance(m, nn.Linear) and m in inside}
     require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear")
-    for name, linear in linears:
+    for name, linear in linears.items():
         A = torch.randn(rank, linear.in_features) / (3 * linear.in_features)**0.5
         B = torch.zeros(linear.out_features, rank)  # so that nothing changes at first
-        linear.lora_A = nn.Parameter(A.to("meta"))
-        linear.lora_B = nn.Parameter(B.to("meta"))
         policy.lm.whole |= {f"{name}.lora_A": A, f"{name}.lora_B": B}  # for `fill`
+        linear.lora_A = nn.Parameter(A)
+        linear.lora_B = nn.Parameter(B)
         linear.lora_scale = alpha / rank
         linear.register_forward_hook(adapt)  # W keeps its name and place
 
@@ -1524,9 +1523,9 @@ def recorded(path, config_class, parser, given):
     except (OSError, ValueError, RecursionError, AttributeError) as e:
         die(f"{path}: cannot be read for --resume: {e}")
     before = vars(parser.parse_args([f"--{name}={value}" for name, value in flags]))
-    for name in before.keys() & given.keys():
-        if given[name] != before[name]:
-            change = f"--{name} was {before[name]} and is now {given[name]}"
+    for name, value in given.items():
+        if value != before.get(name, value):
+            change = f"--{name} was {before[name]} and is now {value}"
             require(name not in config_class.kept.split(), f"{change}: that cannot be resumed")
             say(change)
     return before

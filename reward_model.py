@@ -195,7 +195,7 @@ def keep_the_best(cfg, model, state, rows, labels_NK):
     # Chosen on these rows, so the table flatters the model a little.
     if not state["table"] or r2 > state["r2"]:
         state.update(table=json.loads(to_json(table)), r2=r2)  # None for nan, also when resumed
-        save_folder(model, model.tokenizer, f"{cfg.out_dir}/best", torch.float32)
+        save_folder(model, model.tokenizer, f"{cfg.out_dir}.best", torch.float32)
 def backward(model, batch, data, cfg, rank, world):
     """Gradient of the loss of a batch (row numbers), of which every process takes its share -> its
     norm; no more than 1 is left of it."""
@@ -262,17 +262,11 @@ def train(cfg, rank, world, dtype):
             optimizer.zero_grad()
             state["updates"] += 1
         keep_the_best(cfg, model, state, held_rows, held_NK)
-    if rank == 0:
-        finish(cfg.out_dir, state["table"])
+    if rank == 0:  # the best one takes the place of the checkpoint
+        write_text(f"{cfg.out_dir}.best/heldout.json", to_json(state["table"]))
+        shutil.rmtree(cfg.out_dir)
+        os.rename(f"{cfg.out_dir}.best", cfg.out_dir)
     return state["table"]
-
-def finish(out_dir, table):
-    """Put the best model in its place, config.json last: without it no half of it can be loaded."""
-    write_text(f"{out_dir}/heldout.json", to_json(table))
-    for name in sorted(os.listdir(f"{out_dir}/best"), key="config.json".__eq__):
-        os.replace(f"{out_dir}/best/{name}", f"{out_dir}/{name}")
-    shutil.rmtree(f"{out_dir}/best")
-    shutil.rmtree(f"{out_dir}/checkpoint")
 
 # --------------------------------------------------------------------------------------------------
 # 3. How far to trust it

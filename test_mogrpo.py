@@ -795,12 +795,17 @@ def test_training_resumes_exactly(tmp_path, monkeypatch):
         calls.append(1)
         if len(calls) == 10:  # five batches an epoch
             raise KeyboardInterrupt
+        if len(calls) == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
         return clip(*args)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_rm(tmp_path, flags)
-    train_rm(tmp_path, flags + " --resume")
-    assert len(calls) == 10 + 15 - 8  # from the checkpoint after 8
+    with pytest.raises(mogrpo.Stopped):
+        train_rm(tmp_path, flags + " --resume")
+    assert len(calls) == 14  # four from the checkpoint after 8
+    run_main(rm, f"--out_dir={cut}", "--resume")
+    assert len(calls) == 14 + 15 - 12
     assert not (cut / "checkpoint").exists()
     for name in ("model.safetensors", "heldout.json"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
@@ -1217,6 +1222,16 @@ def test_the_table_is_what_the_samples_say(policies):
     assert all(row["scores"] == {} and row["messages"] for row in rows)
     assert rows[0]["response"] == rows[1]["response"] != ""
 
+def test_a_signal_keeps_the_policies_that_are_through(policies, monkeypatch):
+    real = evaluation.answers_of
+    def answers(policy, *args):
+        if "other" in policy.lm.name_or_path:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(policy, *args)
+    monkeypatch.setattr(evaluation, "answers_of", answers)
+    run_main(evaluation, *policies, "--reward_model=rm")
+    assert {row["policy"] for row in rows_of("out/eval/samples.jsonl")} == {"one"}
+
 def test_picture_or_the_clear_line(policies, capsys):
     call = lambda: run_main(evaluation, *policies, *SCORED, "--picture")
     if importlib.util.find_spec("matplotlib"):  # an optional extra
@@ -1417,6 +1432,17 @@ def stop_in(step, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     return calls
 
+def stop_at_token(n, monkeypatch):
+    """SIGTERM while the n-th token is drawn -> a list of tokens."""
+    real, calls = mogrpo.pick, []
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == n:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+    monkeypatch.setattr(mogrpo, "pick", interrupted)
+    return calls
+
 def few_heldout():
     write_rows("few.jsonl", rows_of("out/toy/heldout_prompts.jsonl")[::32])
 
@@ -1444,6 +1470,12 @@ def test_resume_is_exact_after_a_stop_at_any_step(script, flags, stops, toy, mon
         run_main(module(script), *common, f"--out_dir={cut}", "--resume")
         same_run(whole, cut, within=0)
         assert rows_of(f"{cut}/samples.jsonl") == rows_of(f"{whole}/samples.jsonl")
+    with monkeypatch.context() as patch:  # in a rollout or an evaluation, of which nothing is left
+        calls = stop_at_token(60, patch)
+        run_main(module(script), *common, "--out_dir=out/given-up", "--save_interval=0")
+        assert len(calls) == 60
+    run_main(module(script), "--out_dir=out/given-up", "--resume")
+    same_run(whole, "out/given-up", within=0)
     if flags == FLOORS:  # dual ascent: up while below the floor, down while above
         rows = steps_of(whole)
         for axis, floor in (("safety", 0.9), ("politeness", 0.2)):
@@ -1918,6 +1950,16 @@ def test_special_tokens_spelled_out_are_text():
 def test_control_characters_are_shown(capsys):
     mogrpo.say("a\x1b[2J\u202eb\n")
     assert capsys.readouterr().out == "a\\x1b[2J\\u202eb\n\n"
+
+def test_an_error_of_one_process_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(mogrpo, "IS_FIRST", False)
+    monkeypatch.setattr(mogrpo, "RANK", 3)
+    monkeypatch.setattr(mogrpo.time, "sleep", lambda seconds: None)
+    refused(capsys, lambda: mogrpo.die("odd"), "on process 3: odd")
+    monkeypatch.setattr(mogrpo, "PARENT", -1)  # torchrun is no more: it had a reason
+    with pytest.raises(SystemExit):
+        mogrpo.die("odd")
+    assert capsys.readouterr().err == ""
 
 def test_corrupt_gz(flags, capsys):
     packed = bytearray(gzip.compress(os.urandom(500)))
