@@ -9,6 +9,7 @@ Benchmarks are commands, not tests.
 import dataclasses
 import gzip
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -21,8 +22,9 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import contextmanager, redirect_stderr
+from os.path import exists
 from types import SimpleNamespace
-from unittest.mock import DEFAULT, Mock
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # for the CPU, also on a GPU machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")         # a name that is no folder fails at once
@@ -41,13 +43,14 @@ import data.judge.prepare as judge
 import data.toy.prepare as toy_world
 import eval as evaluation
 import mogrpo
-import reward_model
 import reward_model as rm
 from ablations import dpo, ppo, steer
 from bench import memory
+from mogrpo import write_text
 
 HERE = mogrpo.HERE
-KINDS = pytest.mark.parametrize("kind", "qwen2 llama qwen3 gemma2 gpt2".split())
+cases = pytest.mark.parametrize
+KINDS = cases("kind", "qwen2 llama qwen3 gemma2 gpt2".split())
 PROMPTS = [[5, 6, 7], [*range(8, 19)], [*range(20, 25)]]
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
@@ -102,7 +105,7 @@ def stock_model(path, **kwargs):
     """A saved causal model by the library alone."""
     return transformers.AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
-def folder_of(path, kind="qwen3", tokenizer=None, **kwargs):
+def folder_of(path="policy", kind="qwen3", tokenizer=None, **kwargs):
     """A saved tiny model; for text not a qwen2: AutoTokenizer would take Qwen2's own words."""
     tiny_model(kind, **kwargs).save_pretrained(path)
     (tokenizer or tiny_tokenizer()).save_pretrained(path)
@@ -117,11 +120,15 @@ def reward_folder(path, axes=("good", "kind")):
     return str(path)
 
 def write_rows(path, rows):
-    mogrpo.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 def rows_of(path):
     return [record for _, record in mogrpo.read_jsonl(path)]
+
+def read_json(path):
+    with open(path) as f:
+        return json.load(f)
 
 def ratings_file(path, n=400, sparse=False):
     """Axis early: how early the words are; late: the opposite, one row in 60 if `sparse`."""
@@ -139,11 +146,17 @@ def ratings_file(path, n=400, sparse=False):
 # --------------------------------------------------------------------------------------------------
 # Runs
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, and leaves its process group."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    end_run()
+
 @pytest.fixture
 def world():
     """A process group of one."""
-    yield mogrpo.join_world(alone=True)
-    dist.destroy_process_group()
+    mogrpo.join_world(alone=True)
 
 RULES = """
 def scores(record, response):
@@ -151,19 +164,20 @@ def scores(record, response):
 """
 
 @pytest.fixture
-def tiny_run(tmp_path, monkeypatch):
+def tiny_run():
     """A policy, a reward model rm, rules and 12 prompts to be spoiled -> flags, less the reward."""
-    monkeypatch.chdir(tmp_path)
-    folder_of("policy")
+    folder_of()
     reward_folder("rm")
-    mogrpo.write_text("rules.py", RULES)
+    write_text("rules.py", RULES)
     rows = []
     for i in range(12):
         tag = "odd" if i % 2 else "even"
         rows.append(dict(prompt=f"w{i} w9", answer=f"{i % 10}", tag=tag))
     write_rows("prompts.jsonl", rows)
-    small = "--prompts_per_step=4 --group_size=4 --max_new_tokens=8 --steps=1 --eval_samples=1"
-    return ["--policy=policy", "--prompts=prompts.jsonl", *small.split()]
+    return (
+        "--policy=policy --prompts=prompts.jsonl --prompts_per_step=4 --group_size=4"
+        " --max_new_tokens=8 --steps=1 --eval_samples=1"
+    )
 
 def policy_of(path, dtype=torch.float32, lora_rank=0):
     policy = mogrpo.Policy(path, lora_rank, 2.0 * lora_rank)
@@ -176,8 +190,8 @@ def policy_of(path, dtype=torch.float32, lora_rank=0):
     return policy
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """A folder in which out/toy stands; tests write beside it. MOGRPO_TOY: copy this one."""
+def toy_folder(tmp_path_factory):
+    """A folder in which out/toy stands. MOGRPO_TOY: copy this one."""
     folder = tmp_path_factory.mktemp("world")
     ready = os.environ.get("MOGRPO_TOY")
     if ready:
@@ -187,11 +201,32 @@ def toy(tmp_path_factory):
         subprocess.run(command, cwd=HERE, check=True)
     return folder
 
-def run_main(script, *args):
+@pytest.fixture
+def toy(toy_folder):
+    """out/toy in the test's own folder."""
+    os.mkdir("out")
+    os.symlink(toy_folder / "out/toy", "out/toy")
+
+def on_calls(patch, owner, name, events={}):
+    """Note the arguments of each call of a function; before some of them, by number, a signal or
+    KeyboardInterrupt comes."""
+    real, calls = getattr(owner, name), []
+    def noted(*args):
+        calls.append(args)
+        event = events.get(len(calls))
+        if event is KeyboardInterrupt:
+            raise event
+        if event:
+            signal.raise_signal(event)
+        return real(*args)
+    patch.setattr(owner, name, noted)
+    return calls
+
+def run_main(script, flags=""):
     """A script's own main in this process, as one process."""
     try:
         toy = getattr(script, "TOY", {})
-        script.main(mogrpo.parse(script.Config, args, script.__doc__, toy))
+        script.main(mogrpo.parse(script.Config, flags.split(), script.__doc__, toy))
     finally:
         end_run()
 
@@ -203,17 +238,16 @@ def end_run():
     if dist.is_initialized():
         dist.destroy_process_group()
 
-def refused(capsys, call, *parts):
+def refused(call, *parts):
     """`call` must end with exit status 2 and one line on stderr that holds all `parts`."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit) as e, redirect_stderr(io.StringIO()) as said:
         call()
-    line = capsys.readouterr().err
+    line = said.getvalue()
     assert e.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
     assert all(part in line for part in parts), line
 
-def refused_run(capsys, flags, *parts):
-    refused(capsys, lambda: run_main(mogrpo, *flags), *parts)
+def refused_run(flags, *parts, script=mogrpo):
+    refused(lambda: run_main(script, flags), *parts)
 
 def without_time(rows):
     """Metrics rows without what differs between two equal runs."""
@@ -227,13 +261,13 @@ def without_time(rows):
 # Loading, LoRA, saving
 
 @KINDS
-@pytest.mark.parametrize("tied", [True, False])
-def test_loaded_and_saved_equals_the_library(kind, tied, tmp_path, world):
+@cases("tied", [True, False])
+def test_loaded_and_saved_equals_the_library(kind, tied, world):
     """Weights from several bfloat16 files, rotary frequencies, tying; back by `save_folder`."""
-    path = str(tmp_path)
+    path = "several"
     model = tiny_model(kind, tied).to(torch.bfloat16)
     model.save_pretrained(path, max_shard_size="10KB")
-    assert os.path.exists(f"{path}/model.safetensors.index.json")  # so there are several
+    assert exists(f"{path}/model.safetensors.index.json")  # so there are several
     tiny_tokenizer().save_pretrained(path)
     stock = stock_model(path, dtype=torch.float32)
     policy = policy_of(path)
@@ -247,28 +281,32 @@ def test_loaded_and_saved_equals_the_library(kind, tied, tmp_path, world):
         assert torch.equal(weight.full_tensor(), expected[name]), name
     for ours, theirs in zip(lm.buffers(), stock.buffers(), strict=True):
         assert torch.equal(ours, theirs)
-    again = f"{path}/again"
-    mogrpo.save_folder(lm, policy.tokenizer, again, lm.saved_dtype)
-    saved = stock_model(again)
+    mogrpo.save_folder(lm, policy.tokenizer, "again", lm.saved_dtype)
+    saved = stock_model("again")
     assert saved.dtype == torch.bfloat16
     ids = torch.tensor([PROMPTS[1]])
     assert torch.equal(saved(ids).logits, stock_model(path)(ids).logits)
     with mogrpo.gathered(policy):
         assert torch.equal(lm(ids).logits, stock(ids).logits)
 
-def test_other_names_and_missing_weights(tmp_path, world, capsys):
-    bare = folder_of(tmp_path / "bare", "gpt2")
+def test_other_names_and_missing_weights(world):
+    bare = folder_of("bare", "gpt2")
     stock = stock_model(bare)
     stock.transformer.save_pretrained(bare)  # its names lack "transformer."
     ours = mogrpo.fill(mogrpo.Policy(bare)).lm
     for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
         assert torch.equal(p, q)
-    holes = folder_of(tmp_path / "holes")
-    file = f"{holes}/model.safetensors"
-    weights = load_file(file)
-    weights.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(weights, file, metadata={"format": "pt"})
-    refused(capsys, lambda: mogrpo.Policy(holes), "holes", "layers.1.mlp.up_proj.weight")
+    holes = folder_of("holes")
+    with changed_weights(holes) as weights:
+        weights.pop("model.layers.1.mlp.up_proj.weight")
+    refused(lambda: mogrpo.Policy(holes), "holes", "layers.1.mlp.up_proj.weight")
+
+@contextmanager
+def changed_weights(folder):
+    """Saved weights to be spoiled."""
+    weights = saved_weights(folder)
+    yield weights
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
 
 def max_gap(x, y):
     return (x - y).abs().max()
@@ -280,8 +318,8 @@ def stock_logp(model, prompt, response, temperature=1.0):
     before = range(len(prompt) - 1, len(logits) - 1)  # each token is predicted by the one before
     return logp[before, response]
 
-def test_lora_off_is_the_base_and_on_is_the_formula(tmp_path, world):
-    path = folder_of(tmp_path, tied=False)
+def test_lora_off_is_the_base_and_on_is_the_formula(world):
+    path = folder_of(tied=False)
     policy = policy_of(path, lora_rank=3)
     rows = [(prompt, [*prompt, 2]) for prompt in PROMPTS]
     policy.adapted = False
@@ -305,23 +343,21 @@ def test_lora_off_is_the_base_and_on_is_the_formula(tmp_path, world):
     slow = torch.cat([stock_logp(stock, *row) for row in rows])
     assert max_gap(adapted, slow) < 1e-4
 
-def test_adapter_in_peft_and_merged(tmp_path, world):
+def test_adapter_in_peft_and_merged(world):
     """What a LoRA run leaves: the merged policy in the stock library, the adapter in PEFT."""
-    path = folder_of(tmp_path)
+    path = folder_of()
     policy = policy_of(path, lora_rank=4)
     ids = torch.tensor([PROMPTS[1]])
     with mogrpo.gathered(policy):
         expected = policy.lm(ids).logits
     def relative_gap(model):
         return max_gap(model(ids).logits, expected) / expected.abs().max()
-    merged = f"{path}/merged"
-    mogrpo.save_folder(policy.lm, policy.tokenizer, merged, torch.float32)
-    assert relative_gap(stock_model(merged)) < 1e-4
-    adapter = f"{path}/adapter"
+    mogrpo.save_folder(policy.lm, policy.tokenizer, "merged", torch.float32)
+    assert relative_gap(stock_model("merged")) < 1e-4
     cfg = mogrpo.Config(policy=path, lora_rank=4, lora_alpha=8.0)
-    mogrpo.save_adapter(policy, adapter, cfg)
+    mogrpo.save_adapter(policy, "adapter", cfg)
     peft = pytest.importorskip("peft", reason="its format is checked where peft is installed")
-    adapted = peft.PeftModel.from_pretrained(stock_model(path), adapter)
+    adapted = peft.PeftModel.from_pretrained(stock_model(path), "adapter")
     assert relative_gap(adapted) < 1e-5
 
 # --------------------------------------------------------------------------------------------------
@@ -334,10 +370,10 @@ def sample(policy, prompts, keys, temperature, tokens=24):
     with mogrpo.gathered(policy):
         return mogrpo.sample(policy, prompts, u_BT, temperature)
 
-@pytest.mark.parametrize("kind", "qwen2 llama qwen3 gemma2 gpt2 granite cohere".split())
-def test_sampled_equals_generated_and_rescored(kind, tmp_path, world):
+@cases("kind", "qwen2 llama qwen3 gemma2 gpt2 granite cohere".split())
+def test_sampled_equals_generated_and_rescored(kind, world):
     """Greedily by the library, else by the trainer; and whatever the batch is."""
-    path = folder_of(tmp_path, kind, tied=False)
+    path = folder_of(kind=kind, tied=False)
     policy = policy_of(path)
     mogrpo.check_support(policy)
     stock = stock_model(path)
@@ -374,33 +410,47 @@ def test_pick_follows_the_softmax():
     assert token.tolist() == [1, 1]  # never a token of probability 0
 
 class Watch(TorchDispatchMode):
-    """Counts collectives, and the elements of the largest tensor that an operation makes."""
-    collectives = largest = 0
+    """Counts collectives, the elements of the largest tensor, and the bytes of all storages that
+    operations have touched, until they are freed."""
+    def __init__(self):
+        super().__init__()
+        self.storages = weakref.WeakSet()
+        self.collectives = self.largest = self.new = self.peak = 0
+
+    def now(self):
+        return sum(storage.nbytes() for storage in self.storages)
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         self.collectives += "c10d" in f.namespace
         out = f(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self.largest = max(self.largest, t.numel())
+        for leaf in torch.utils._pytree.tree_leaves((args, kwargs, out)):
+            leaf = getattr(leaf, "_local_tensor", leaf)  # of a DTensor this process's part
+            if isinstance(leaf, torch.Tensor):
+                self.largest = max(self.largest, leaf.numel())
+                storage = leaf.untyped_storage()
+                if storage not in self.storages:
+                    self.storages.add(storage)
+                    self.new += storage.nbytes()
+        if self.new > 1e5:  # else the peak is hardly higher, and sums take long
+            self.new = 0
+            self.peak = max(self.peak, self.now())
         return out
 
-def test_rollout_calls_no_collective(tmp_path):
+def test_rollout_calls_no_collective():
     """Weights are gathered once, whatever the number of tokens, in a fake group of 4."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    policy = policy_of(folder_of(tmp_path))
+    policy = policy_of(folder_of())
     policy.eos = [63]
     for tokens in (8, 64):
         with Watch() as seen:
             sample(policy, PROMPTS, KEYS, 1.0, tokens)
         assert seen.collectives == 3  # one a block, and one for the rest
-    dist.destroy_process_group()
 
-@pytest.mark.parametrize("kind", ["bert", "mamba"])  # not causal; no attention to mask
-def test_unsupported_models_are_refused(kind, tmp_path, world, capsys):
-    policy = policy_of(folder_of(tmp_path, kind))
-    refused(capsys, lambda: mogrpo.check_support(policy), "not supported")
+@cases("kind", ["bert", "mamba"])  # not causal; no attention to mask
+def test_unsupported_models_are_refused(kind, world):
+    policy = policy_of(folder_of(kind=kind))
+    refused(lambda: mogrpo.check_support(policy), "not supported")
 
 # --------------------------------------------------------------------------------------------------
 # Advantages
@@ -428,7 +478,7 @@ def slow_advantages(scores, weights, combine, lambdas):
         a_PG = zscore(a_PG)
     return a_PG
 
-COMBINE = pytest.mark.parametrize("combine", ["sum", "gdpo", "lagrangian"])
+COMBINE = cases("combine", ["sum", "gdpo", "lagrangian"])
 
 @COMBINE
 def test_advantages_equal_the_formulas(combine):
@@ -445,7 +495,7 @@ def test_advantages_equal_the_formulas(combine):
     assert max_gap(parts.sum(-1), a) < 1e-9
     assert max_gap(rewards, (s * w).sum(-1)) < 1e-9
 
-@pytest.mark.parametrize("combine", ["sum", "gdpo"])
+@cases("combine", ["sum", "gdpo"])
 def test_one_axis_is_textbook_grpo(combine):
     """A step of one group: its z-score is the group's."""
     r = torch.tensor([0.2, 0.4, 0.9, 0.1])
@@ -523,11 +573,11 @@ def slow_loss(stock, ref, rows, cfg):
     return sums
 
 @KINDS
-@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
-def test_loss_and_gradient_equal_the_formulas(kind, norm, tmp_path, world):
+@cases("norm", ["sequence", "token", "constant"])
+def test_loss_and_gradient_equal_the_formulas(kind, norm, world):
     """`grpo_update` with two inner epochs, the second of which clips, and any micro-batches."""
-    path = folder_of(tmp_path / "a", kind, tiny_tokenizer(pad="<end>"))  # yet it is trained
-    other = folder_of(tmp_path / "b", kind, seed=1)
+    path = folder_of("a", kind, tiny_tokenizer(pad="<end>"))  # yet it is trained
+    other = folder_of("b", kind, seed=1)
     start, stock = [stock_model(path, dtype=torch.float64) for _ in range(2)]
     ref = stock_model(other, dtype=torch.float64)
     cfg = mogrpo.Config(
@@ -609,9 +659,9 @@ def test_micro_batches(world, monkeypatch):
         assert repeated.rows == batches[0].rows
         assert (repeated.token_share_N == 0).all()
 
-def test_full_logits_never_exist(tmp_path, world, monkeypatch):
+def test_full_logits_never_exist(world, monkeypatch):
     """The obvious way makes N x V logits, ours chunk x V (or as much as a layer holds)."""
-    policy = policy_of(folder_of(tmp_path))
+    policy = policy_of(folder_of())
     rows = [([5] * 8, [7] * 56)] * 8
     def largest(chunk_logits):
         monkeypatch.setattr(mogrpo, "CHUNK_LOGITS", chunk_logits)
@@ -633,7 +683,7 @@ def rules_say(row):
 def test_a_rule_is_a_verifiable_reward(tiny_run):
     """No reward model: rewards come from the "answer" of the prompts' lines; so does the truth."""
     more = "--rules=rules.py --truth=rules.py --weights=short=0.5 --heldout_prompts=prompts.jsonl"
-    run_main(mogrpo, *tiny_run, *more.split())
+    run_main(mogrpo, f"{tiny_run} {more}")
     found = set()
     for row in rows_of("out/mogrpo/samples.jsonl"):
         expected = rules_say(row)
@@ -647,9 +697,9 @@ def test_a_rule_is_a_verifiable_reward(tiny_run):
         for axis in ("digit", "short"):
             assert row[f"true/{axis}"] == approx(row[f"eval/{axis}"])
 
-def test_rewards_of_several_sources_stand_side_by_side(tiny_run, capsys):
+def test_rewards_of_several_sources_stand_side_by_side(tiny_run):
     reward_folder("two", axes=("safe",))
-    run_main(mogrpo, *tiny_run, "--reward_model=rm,two", "--rules=rules.py")
+    run_main(mogrpo, f"{tiny_run} --reward_model=rm,two --rules=rules.py")
     rows = rows_of("out/mogrpo/samples.jsonl")
     pairs = [(row["messages"], row["response"]) for row in rows]
     columns = []
@@ -660,19 +710,6 @@ def test_rewards_of_several_sources_stand_side_by_side(tiny_run, capsys):
     for row, numbers in zip(rows, learned.tolist()):
         expected = dict(zip(["good", "kind", "safe"], numbers)) | rules_say(row)
         assert row["scores"] == approx(expected, abs=1e-5)
-    mogrpo.write_text("kind.py", RULES.replace("short", "kind"))
-    for flags in ("--reward_model=rm,rm", "--reward_model=rm --rules=kind.py"):
-        refused_run(capsys, [*tiny_run, *flags.split()], "kind")
-
-def test_rules_without_the_function(tiny_run, capsys):
-    mogrpo.write_text("bad.py", "score = 1\n")
-    for file in ("bad.py", "none.py"):
-        refused_run(capsys, [*tiny_run, f"--rules={file}"], file)
-        refused_run(capsys, [*tiny_run, "--rules=rules.py", f"--truth={file}"], file)
-    refused_run(capsys, tiny_run, "--rules")  # nothing gives a reward
-    mogrpo.write_text("bad.py", "def scores(record, response):\n    return {}\n")
-    refused_run(capsys, [*tiny_run, "--rules=bad.py"], "there is no")  # axis
-    assert not os.path.exists("out")
 
 # ==================================================================================================
 # reward_model.py
@@ -688,10 +725,10 @@ def encoder_folder(path):
     encoder.save_pretrained(path)
     tiny_tokenizer(template=None).save_pretrained(path)
 
-def train_rm(folder, flags):
+def train_rm(flags, folder="."):
     """Ratings r.jsonl and backbone b in `folder` -> rm in it, unless `flags` say otherwise."""
     paths = f"--ratings={folder}/r.jsonl --backbone={folder}/b --out_dir={folder}/rm"
-    run_main(rm, *paths.split(), *flags.split())
+    run_main(rm, f"{paths} {flags}")
 
 @pytest.fixture(scope="session", params=["<pad>", "<end>", "encoder"])
 def trained(request, tmp_path_factory):
@@ -702,7 +739,7 @@ def trained(request, tmp_path_factory):
         encoder_folder(folder / "b")
     else:
         folder_of(folder / "b", tokenizer=tiny_tokenizer(request.param))
-    train_rm(folder, "--epochs=12 --lr=3e-3")
+    train_rm("--epochs=12 --lr=3e-3", folder)
     return f"{folder}/rm"
 
 def loaded(path, **head):
@@ -734,14 +771,14 @@ def test_score_does_not_depend_on_the_batch(trained, monkeypatch):
         monkeypatch.setattr(mogrpo.by_length, "__defaults__", (tokens,))
         assert torch.allclose(mogrpo.score(model, SAMPLES), alone, atol=1e-5)
 
-@pytest.mark.parametrize("loss", ["bce", "mse"])
-def test_gradient_is_that_of_the_mean_over_axes(loss, tmp_path, monkeypatch):
+@cases("loss", ["bce", "mse"])
+def test_gradient_is_that_of_the_mean_over_axes(loss, monkeypatch):
     """One axis has 60 times the other's ratings; rows without any change nothing."""
-    sparse = ratings_file(tmp_path / "r.jsonl", 240, sparse=True)
+    sparse = ratings_file("r.jsonl", 240, sparse=True)
     rows, labels_NK, _ = rm.read_ratings(sparse, [], "0,1")
     unrated = dict(prompt="w3", response="w4", scores=dict(early=None))
     write_rows(sparse, [unrated] * 240 + rows_of(sparse))
-    backbone = folder_of(tmp_path / "b")
+    backbone = folder_of("b")
     seen = []
     def look(parameters, limit):
         parameters = list(parameters)
@@ -749,7 +786,7 @@ def test_gradient_is_that_of_the_mean_over_axes(loss, tmp_path, monkeypatch):
         return real(parameters, limit)
     real = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
-    train_rm(tmp_path, f"--heldout_ratings={sparse} --loss={loss} --epochs=1 --batch_size=240")
+    train_rm(f"--heldout_ratings={sparse} --loss={loss} --epochs=1 --batch_size=240")
 
     torch.manual_seed(0)
     model = loaded(backbone, id2label={0: "early", 1: "late"})  # draws the same head
@@ -780,38 +817,29 @@ def test_batches_of_one_length_are_a_permutation():
     trend = rm.correlation(rows.mean(1), torch.arange(100))
     assert abs(trend) < 0.3  # short and long take turns
 
-def test_training_resumes_exactly(tmp_path, monkeypatch):
+def test_training_resumes_exactly(monkeypatch):
     """Stopped within the second of three epochs: the same folder and table as without the stop."""
-    ratings_file(tmp_path / "r.jsonl", 200)
-    encoder_folder(tmp_path / "b")
+    ratings_file("r.jsonl", 200)
+    encoder_folder("b")
     flags = "--epochs=3 --lr=1e-3 --save_interval=4"
-    whole = tmp_path / "rm"
-    train_rm(tmp_path, flags)
-    cut = tmp_path / "cut"
-    flags += f" --out_dir={cut}"
-    clip = torch.nn.utils.clip_grad_norm_
-    calls = []
-    def interrupt(*args):
-        calls.append(1)
-        if len(calls) == 10:  # five batches an epoch
-            raise KeyboardInterrupt
-        if len(calls) == 14:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return clip(*args)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
+    train_rm(flags)
+    flags += " --out_dir=cut"
+    events = {10: KeyboardInterrupt, 14: signal.SIGTERM}  # five batches an epoch
+    calls = on_calls(monkeypatch, torch.nn.utils, "clip_grad_norm_", events)
     with pytest.raises(KeyboardInterrupt):
-        train_rm(tmp_path, flags)
+        train_rm(flags)
     with pytest.raises(mogrpo.Stopped):
-        train_rm(tmp_path, flags + " --resume")
+        train_rm(f"{flags} --resume")
     assert len(calls) == 14  # four from the checkpoint after 8
-    run_main(rm, f"--out_dir={cut}", "--resume")
+    run_main(rm, "--out_dir=cut --resume")
     assert len(calls) == 14 + 15 - 12
-    assert not (cut / "checkpoint").exists()
+    found = everything()
+    assert not exists("cut/checkpoint")
     for name in ("model.safetensors", "heldout.json"):
-        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+        assert found[f"./rm/{name}"] == found[f"./cut/{name}"]
 
-def test_split_keeps_prompts_together(tmp_path):
-    cfg = rm.Config(ratings=ratings_file(tmp_path / "r.jsonl"))
+def test_split_keeps_prompts_together():
+    cfg = rm.Config(ratings=ratings_file("r.jsonl"))
     rows, _, held_rows, _, _ = rm.train_and_heldout(cfg)
     prompts = {str(messages) for messages, _ in rows}
     held_prompts = {str(messages) for messages, _ in held_rows}
@@ -821,22 +849,21 @@ def test_split_keeps_prompts_together(tmp_path):
 FLAT = """{"prompt": "a", "response": "b", "good": 3, "long": 1}
 {"prompt": "a", "response": "c", "good": null, "long": 4}"""
 
-def test_flat_fields_load(tmp_path):
-    path = f"{tmp_path}/flat.jsonl.gz"
+def test_flat_fields_load():
+    path = "flat.jsonl.gz"
     with gzip.open(path, "wt") as f:
         f.write(FLAT)
     _, labels, axes = rm.read_ratings(path, ["good", "long"], "0,4")
     assert axes == ["good", "long"]
     assert labels.nan_to_num(9).tolist() == [[0.75, 0.25], [9, 1]]
 
-def test_files_that_rate_different_axes_train_together(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_files_that_rate_different_axes_train_together():
     folder_of("b")
     rows = rows_of(ratings_file("r.jsonl", 80))
     for row in rows:
         row["scores"] = dict(other=row["scores"]["late"])
     write_rows("s.jsonl", rows)
-    train_rm(".", "--ratings=r.jsonl,s.jsonl --epochs=1")
+    train_rm("--ratings=r.jsonl,s.jsonl --epochs=1")
     [table] = rows_of("rm/heldout.json")
     assert list(table) == ["early", "late", "other"]
     assert table["other"]["n"] == table["late"]["n"] > 0
@@ -887,12 +914,11 @@ def test_halo_is_warned_of(monkeypatch, capsys):
         run_main(rm)
         assert capsys.readouterr().out.count("halo") == warnings
 
-def test_score_command_keeps_the_rows(trained, tmp_path):
+def test_score_command_keeps_the_rows(trained):
     samples = [dict(messages=m, response=r, also=[r]) for m, r in SAMPLES]
-    path = write_rows(tmp_path / "s.jsonl", samples)
-    out = f"{tmp_path}/out.jsonl"
-    run_main(rm, f"--score={path}", f"--reward_model={trained}", f"--out={out}")
-    rows = rows_of(out)
+    write_rows("s.jsonl", samples)
+    run_main(rm, f"--score=s.jsonl --reward_model={trained} --out=out.jsonl")
+    rows = rows_of("out.jsonl")
     scores = [list(row.pop("scores").values()) for row in rows]
     assert rows == samples
     expected = mogrpo.score(loaded(trained), SAMPLES)
@@ -927,17 +953,17 @@ def test_true_scores():
     for text in ("", ".", "...", "wait ten minutes. " * 9, "\x00", "Ünïcode. 42"):
         assert all(0 <= s <= 1 for s in true(boil, text))
 
-def test_toy_world_is_complete(toy, capsys):
-    folder = toy / "out/toy"
+def test_toy_world_is_complete(toy_folder, capsys):
+    folder = toy_folder / "out/toy"
     files = ["heldout_prompts.jsonl", "policy", "prompts.jsonl", "ratings.jsonl", "reward_model"]
     assert sorted(os.listdir(folder)) == files
-    assert os.listdir(toy / "out") == ["toy"]
+    assert os.listdir(toy_folder / "out") == ["toy"]
     prompts, heldout, rated = [
         {row["prompt"] for row in rows_of(folder / f"{name}.jsonl")}
         for name in ("prompts", "heldout_prompts", "ratings")
     ]
     assert heldout.isdisjoint(prompts | rated)
-    table, = rows_of(folder / "reward_model/heldout.json")
+    [table] = rows_of(folder / "reward_model/heldout.json")
     assert list(table) == TRUE_AXES
     assert all(row["r2"] > 0.7 for row in table.values())
     toy_world.main(toy_world.Config(f"{folder}/"))
@@ -951,19 +977,18 @@ RUBRICS = {"kind": "w1 w2 w3", "brief": "w4"}
 def judge_flags(samples, kind="qwen3"):
     """A judge, rubrics and samples in the working folder -> flags."""
     folder_of("judge", kind, tiny_tokenizer(last_words="12345"))
-    mogrpo.write_text("rubrics.json", json.dumps(RUBRICS, indent=2))
+    write_text("rubrics.json", json.dumps(RUBRICS, indent=2))
     write_rows("samples.jsonl", samples)
-    return ["--judge=judge", "--rubrics=rubrics.json", "--samples=samples.jsonl"]
+    return "--judge=judge --rubrics=rubrics.json --samples=samples.jsonl"
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma2", "gpt2"])
-def test_judge_is_the_expected_digit(kind, tmp_path, monkeypatch):
+@cases("kind", ["qwen3", "llama", "gemma2", "gpt2"])
+def test_judge_is_the_expected_digit(kind):
     """Scores in padded batches against one question at a time through stock logits."""
-    monkeypatch.chdir(tmp_path)
     samples = []
     for i in range(6):
         samples.append(dict(prompt=f"w{i} w2", response=f"w{7 * i} w3 " * i))
     flags = judge_flags(samples, kind)
-    run_main(judge, *flags)
+    run_main(judge, flags)
 
     stock = stock_model("judge")
     tokenizer = tiny_tokenizer(last_words="12345")
@@ -984,51 +1009,52 @@ def test_judge_is_the_expected_digit(kind, tmp_path, monkeypatch):
     assert len(scores) == 12
     assert expected_M.std() > 0.01
     found_M5 = judge.digit_probs(stock, tokenizer, questions, 10**6)
-    torch.testing.assert_close(found_M5, p_M5)
-    run_main(judge, *flags, "--max_tokens=3", "--out=none.jsonl")
+    assert_close(found_M5, p_M5)
+    run_main(judge, f"{flags} --max_tokens=3 --out=none.jsonl")
     for row in rows_of("none.jsonl"):
         assert row["scores"] == dict.fromkeys(RUBRICS)
 
-def test_ratings_continue_after_a_kill(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+# By a judge that finds ratings of other axes, of other rows, or something else
+REFUSED = """
+--rubrics= | not the beginning
+--samples=turned.jsonl | not the beginning
+--out=rubrics.json | not the beginning
+--rubrics=list.json | expected
+--rubrics=none.json | none.json
+--samples= | --samples
+"""
+
+def test_ratings_continue_after_a_kill(monkeypatch, capsys):
     samples = []
     for i in range(70):
         row = dict(prompt=f"w{i % 50}", response=f"w{i % 7} w9", id=i, scores={"old": 1})
         samples.append(row)
     flags = judge_flags(samples)
-    run_main(judge, *flags, "--out=whole.jsonl")
+    run_main(judge, f"{flags} --out=whole.jsonl")
     assert "answers with a digit" in capsys.readouterr().out  # a random model does not: it says so
-    calls = [DEFAULT, KeyboardInterrupt, DEFAULT, DEFAULT]
-    killed = Mock(wraps=judge.digit_probs, side_effect=calls)
-    monkeypatch.setattr(judge, "digit_probs", killed)
+    calls = on_calls(monkeypatch, judge, "digit_probs", {2: KeyboardInterrupt})
     with pytest.raises(KeyboardInterrupt):
-        run_main(judge, *flags, "--out=cut.jsonl")
+        run_main(judge, f"{flags} --out=cut.jsonl")
     assert len(rows_of("cut.jsonl")) == 32
     with open("cut.jsonl", "a") as f:
         f.write('{"prompt": "w3')  # killed within a line
-    run_main(judge, *flags, "--out=cut.jsonl")
-    assert killed.call_count == 4
+    run_main(judge, f"{flags} --out=cut.jsonl")
+    assert len(calls) == 4
     whole = rows_of("whole.jsonl")
     cut = rows_of("cut.jsonl")
     for sample, a, b in zip(samples, whole, cut, strict=True):
         assert a["scores"] == approx(b["scores"], abs=1e-6)
         sample["scores"] = b["scores"] = a["scores"]
     assert whole == cut == samples
-    _, labels, axes = reward_model.read_ratings("whole.jsonl", "", "0,1")  # it is a ratings file
+    _, labels, axes = rm.read_ratings("whole.jsonl", "", "0,1")  # it is a ratings file
     assert axes == list(RUBRICS)
     assert labels.isfinite().sum() == 140
 
     write_rows("turned.jsonl", samples[::-1])
     write_rows("list.json", [["kind"]])
-    for flag, part in (
-        ("--rubrics=", "not the beginning"),  # other axes
-        ("--samples=turned.jsonl", "not the beginning"),  # other rows
-        ("--out=rubrics.json", "not the beginning"),
-        ("--rubrics=list.json", "expected"),
-        ("--rubrics=none.json", "none.json"),
-        ("--samples=", "--samples"),
-    ):
-        refused(capsys, lambda: run_main(judge, *flags, "--out=whole.jsonl", flag), part)
+    for line in REFUSED.strip().splitlines():
+        flag, part = line.split(" | ")
+        refused_run(f"{flags} --out=whole.jsonl {flag}", part, script=judge)
     assert rows_of("whole.jsonl") == whole
 
 # ==================================================================================================
@@ -1037,7 +1063,7 @@ def test_ratings_continue_after_a_kill(tmp_path, monkeypatch, capsys):
 # --------------------------------------------------------------------------------------------------
 # PPO
 
-@pytest.mark.parametrize("gae_lambda", (0.0, 0.9, 1.0))
+@cases("gae_lambda", (0.0, 0.9, 1.0))
 def test_credit_is_gae_of_reward_minus_kl(world, monkeypatch, gae_lambda):
     """R = 2 comes with the last token; A is normalised over all tokens but those of repeats."""
     sampler_N, ref_N, value_N = torch.rand(3, 11)
@@ -1065,15 +1091,15 @@ def test_credit_is_gae_of_reward_minus_kl(world, monkeypatch, gae_lambda):
     slow_N -= slow_N.mean()
     assert_close(batch.advantage_N, slow_N / slow_N.std(correction=0))
 
-def test_values_are_the_library_classifiers(tmp_path, world):
+def test_values_are_the_library_classifiers(world):
     library = transformers.AutoModelForTokenClassification
-    critic, tokenizer = mogrpo.load(library, folder_of(tmp_path), num_labels=1)
+    critic, tokenizer = mogrpo.load(library, folder_of(), num_labels=1)
     critic = mogrpo.shard(critic.eval(), torch.float32)
     response = [9, 8, 7, 2]
     rows = [(prompt, response) for prompt in PROMPTS]
     value_N = ppo.values(SimpleNamespace(critic=critic), SimpleNamespace(rows=rows))
-    mogrpo.save_folder(critic, tokenizer, f"{tmp_path}/critic", torch.float32)
-    stock = library.from_pretrained(f"{tmp_path}/critic")
+    mogrpo.save_folder(critic, tokenizer, "critic", torch.float32)
+    stock = library.from_pretrained("critic")
     for prompt, value_T in zip(PROMPTS, value_N.view(3, 4)):
         logits = stock(torch.tensor([prompt + response])).logits
         assert_close(value_T, logits[0, -5:-1, 0])  # before each of the four tokens
@@ -1118,6 +1144,14 @@ def test_best_and_worst_of_a_group_are_never_parted(world):
 # --------------------------------------------------------------------------------------------------
 # Stated weights
 
+def picture_or_the_clear_line(script, flags, path, monkeypatch):
+    flags = f"{flags} --picture"
+    if importlib.util.find_spec("matplotlib"):  # an optional extra
+        run_main(script, flags)
+        assert os.path.getsize(path) > 5000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused_run(flags, "matplotlib", script=script)
+
 def test_stated_weights():
     question = dict(role="user", content="hi")
     weights_K = torch.tensor([3.0, 1.0, 0.0])
@@ -1129,45 +1163,33 @@ def test_stated_weights():
     assert steer.stated([system, question], weights_K, axes) == [both, question]
 
 def test_each_prompt_has_its_own_weights(tiny_run, monkeypatch):
-    grpo_step = Mock(wraps=mogrpo.grpo_step)
-    monkeypatch.setattr(mogrpo, "grpo_step", grpo_step)
-    run_main(steer, *tiny_run, "--reward_model=rm", "--weights=kind=3")
-    run, _ = grpo_step.call_args.args
+    calls = on_calls(monkeypatch, mogrpo, "grpo_step")
+    run_main(steer, f"{tiny_run} --reward_model=rm --weights=kind=3")
+    [[run, _]] = calls
     drawn_PK = run.weights_K[:, 0] / run.base_weights_K
     assert_close(drawn_PK.mean(1), torch.ones(4))
     assert len(drawn_PK.unique(dim=0)) == 4
 
-def test_sweep(tiny_run, capsys, monkeypatch):
+def test_sweep(tiny_run, monkeypatch):
     is_odd = "def scores(record, response): return dict(kind=record['tag'] == 'odd')"
-    mogrpo.write_text("rules.py", is_odd)
-    flags = [
-        *tiny_run,
-        "--reward_model=rm",
-        "--truth=rules.py",
-        "--heldout_prompts=prompts.jsonl",
-        "--sweep=kind",
-    ]
-    stated = Mock(wraps=steer.stated)
-    monkeypatch.setattr(steer, "stated", stated)
-    run_main(steer, *flags)
-    table, = rows_of("out/mogrpo/sweep.json")
+    write_text("rules.py", is_odd)
+    more = "--reward_model=rm --truth=rules.py --heldout_prompts=prompts.jsonl --sweep=kind"
+    flags = f"{tiny_run} {more}"
+    calls = on_calls(monkeypatch, steer, "stated")
+    run_main(steer, flags)
+    [table] = rows_of("out/mogrpo/sweep.json")
     assert list(table) == ["good", "kind", "true/kind"]
     half = 1.96 * math.sqrt(0.25 / 11)  # one half of the 12 prompts has 1, the other 0
     for i, point in enumerate(table["true/kind"]):
         share = i / 4
-        weights_K = stated.call_args_list[12 * i].args[1]
+        _, weights_K, _ = calls[12 * i]
         assert weights_K.tolist() == [1 - share, share]
         assert point == approx([share, 0.5, half])
     assert share == 1
 
-    tone = [*flags, "--sweep=tone"]
-    refused(capsys, lambda: run_main(steer, *tone), "--sweep=tone: expected one of good, kind")
-    flags.append("--picture")
-    if importlib.util.find_spec("matplotlib"):  # an optional extra
-        run_main(steer, *flags)
-        assert os.path.getsize("out/mogrpo/sweep.png") > 5000
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused(capsys, lambda: run_main(steer, *flags), "matplotlib")
+    kinds = "--sweep=tone: expected one of good, kind"
+    refused_run(f"{flags} --sweep=tone", kinds, script=steer)
+    picture_or_the_clear_line(steer, flags, "out/mogrpo/sweep.png", monkeypatch)
 
 # ==================================================================================================
 # eval.py
@@ -1193,15 +1215,14 @@ def policies(tiny_run):
     """Flags that compare the tiny run's policy with another."""
     folder_of("other", seed=1)
     flags = "--policies=one=policy,two=other --prompts=prompts.jsonl --max_new_tokens=4 --samples=2"
-    return flags.split()
+    return flags
 
-SCORED = ["--reward_model=rm", "--rules=rules.py", "--truth=rules.py"]
+SCORED = "--reward_model=rm --rules=rules.py --truth=rules.py"
 
 def test_the_table_is_what_the_samples_say(policies):
     """Reward model, rules and truth together: eval.json from samples.jsonl by hand."""
-    run_main(evaluation, *policies, *SCORED)
-    with open("out/eval/eval.json") as f:
-        tables = json.load(f)["table"]
+    run_main(evaluation, f"{policies} {SCORED}")
+    tables = read_json("out/eval/eval.json")["table"]
     assert list(tables) == ["all", "even", "odd"]
     assert ", ".join(tables["all"]) == "good, kind, digit, short, true digit, true short, tokens"
     assert tables["odd"]["short"] == tables["odd"]["true short"]
@@ -1217,63 +1238,28 @@ def test_the_table_is_what_the_samples_say(policies):
     assert base["win"] == 0.5
     assert other["gain"] == approx(other["mean"] - base["mean"])
     # With nothing to score by it only samples; temperature 0 takes the likeliest token each time
-    run_main(evaluation, *policies, "--temperature=0", "--out_dir=plain")
+    run_main(evaluation, f"{policies} --temperature=0 --out_dir=plain")
     rows = rows_of("plain/samples.jsonl")
     assert all(row["scores"] == {} and row["messages"] for row in rows)
     assert rows[0]["response"] == rows[1]["response"] != ""
 
 def test_a_signal_keeps_the_policies_that_are_through(policies, monkeypatch):
-    real = evaluation.answers_of
-    def answers(policy, *args):
-        if "other" in policy.lm.name_or_path:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(policy, *args)
-    monkeypatch.setattr(evaluation, "answers_of", answers)
-    run_main(evaluation, *policies, "--reward_model=rm")
+    on_calls(monkeypatch, evaluation, "answers_of", {2: signal.SIGTERM})
+    run_main(evaluation, f"{policies} --reward_model=rm")
     assert {row["policy"] for row in rows_of("out/eval/samples.jsonl")} == {"one"}
 
-def test_picture_or_the_clear_line(policies, capsys):
-    call = lambda: run_main(evaluation, *policies, *SCORED, "--picture")
-    if importlib.util.find_spec("matplotlib"):  # an optional extra
-        call()
-        assert os.path.getsize("out/eval/eval.png") > 5000
-    else:
-        refused(capsys, call, "matplotlib")
+def test_picture(policies, monkeypatch):
+    flags = f"{policies} {SCORED}"
+    picture_or_the_clear_line(evaluation, flags, "out/eval/eval.png", monkeypatch)
 
 # ==================================================================================================
 # bench/
 
-class Live(TorchDispatchMode):
-    """Adds up the bytes of every storage that an operation has touched, until it is freed."""
-    def __init__(self):
-        super().__init__()
-        self.storages = weakref.WeakSet()
-        self.peak = 0
-
-    def now(self):
-        return sum(storage.nbytes() for storage in self.storages)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        known = len(self.storages)
-        for leaf in torch.utils._pytree.tree_leaves((args, kwargs, out)):
-            leaf = getattr(leaf, "_local_tensor", leaf)  # of a DTensor this process's part
-            if isinstance(leaf, torch.Tensor):
-                self.storages.add(leaf.untyped_storage())
-        if len(self.storages) > known:  # else there is nothing new
-            self.peak = max(self.peak, self.now())
-        return out
-
-@pytest.fixture
-def live():
-    yield Live()
-    dist.destroy_process_group()
-
 # The most is taken by the blocks' backward pass, by all their activations, by the logits
 CASES = [(0, True, 2000), (0, False, 2000), (16, True, 8000)]
 
-@pytest.mark.parametrize("rank, recompute, vocab_size", CASES)
-def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run, live):
+@cases("rank, recompute, vocab_size", CASES)
+def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run):
     """The planned peaks against the live bytes of a real rollout and a real update, within 10 %."""
     config = transformers.LlamaConfig(
         vocab_size=vocab_size,
@@ -1287,24 +1273,24 @@ def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run,
     prompt = dict(prompt="w1 " * 61, answer="")  # 64 tokens, with the template's
     write_rows("prompts.jsonl", [prompt] * 8)
     flags = (
-        f"--policy={os.getcwd()}/policy --lora_rank={rank} --recompute={recompute} --gpus=1 "
-        "--rules=rules.py --dtype=bfloat16 --micro_tokens=1024 --max_prompt_tokens=64 "
-        "--max_new_tokens=64"
+        f"{tiny_run} --lora_rank={rank} --recompute={recompute} --gpus=1 --rules=rules.py"
+        " --dtype=bfloat16 --micro_tokens=1024 --max_prompt_tokens=64 --max_new_tokens=64"
     )
-    cfg = mogrpo.parse(memory.Config, [*tiny_run, *flags.split()], "")
+    cfg = mogrpo.parse(memory.Config, flags.split(), "")
     run = mogrpo.setup(cfg)
     run.policy.eos = [-1]  # no response ends early
     prompts = mogrpo.prompts_of_step(run, 1)
     ones = torch.ones(16)
-    with live:
-        for _ in range(2):  # the second time counts: AdamW's moments are there
-            before = live.now()
-            live.peak = 0
-            rows = mogrpo.rollout(run.policy, prompts, (0, 1), 4, cfg)
-            sampling = live.peak
-            grown = live.now() - before
-            live.peak = 0
-            mogrpo.grpo_update(run, rows, ones, ones, 1)
+    rows = mogrpo.rollout(run.policy, prompts, (0, 1), 4, cfg)
+    with Watch() as live:
+        mogrpo.grpo_update(run, rows, ones, ones, 1)  # from here on AdamW's moments are there
+        before = live.now()
+        live.peak = 0
+        rows = mogrpo.rollout(run.policy, prompts, (0, 1), 4, cfg)
+        sampling = live.peak
+        grown = live.now() - before
+        live.peak = 0
+        mogrpo.grpo_update(run, rows, ones, ones, 1)
     assert abs(grown) < 1e5  # the gathered copy is gone before the update
 
     stages = {stage: sum(lines.values()) for stage, lines in memory.plan(cfg).items()}
@@ -1313,7 +1299,7 @@ def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run,
     planned = [always + stages["sampling"], always + most]
     assert [sampling, live.peak] == approx(planned, rel=0.1)
 
-def test_memory_command(tmp_path, capsys):
+def test_memory_command(capsys):
     config = transformers.Qwen2Config(
         vocab_size=32000,
         hidden_size=2048,
@@ -1322,32 +1308,30 @@ def test_memory_command(tmp_path, capsys):
         num_attention_heads=8,
         num_key_value_heads=2,
     )
-    config.save_pretrained(tmp_path)
-
-    def planned(*flags):
-        run_main(memory, f"--policy={tmp_path}", *flags)
+    config.save_pretrained("policy")
+    def planned(flags):
+        run_main(memory, f"--policy=policy {flags}")
         return capsys.readouterr().out
-
     out = planned("--gpu_gb=24")
     for part in ("GiB on each of 8 GPUs", "fits in --gpu_gb=24", "key-value cache"):
         assert part in out
     for limit in ("--gpu_gb=15", "--gpu_gb=10", "--gpu_gb=5"):  # each wants another change
         with pytest.raises(SystemExit, match="2"):
-            planned("--gpus=1", limit)
+            planned(f"--gpus=1 {limit}")
         short, change = capsys.readouterr().err.split("this would: ")
         assert f"do not fit in {limit}" in short
-        assert "fits in" in planned("--gpus=1", limit, *change.split())
+        assert "fits in" in planned(f"--gpus=1 {limit} {change}")
     for flag, part in (
         ("--gpu_gb=1", "nor would any change"),
         ("--policy=no/such/folder", "no/such/folder"),
         ("--gpus=33", "--gpus=33: expected at least 1 and at most --prompts_per_step=32"),
     ):
-        refused(capsys, lambda: planned("--gpus=1", flag), part)
+        refused(lambda: planned(f"--gpus=1 {flag}"), part)
 
-def test_memory_of_reward_models_adds_up(tmp_path, capsys):
-    bert = str(tmp_path)  # fewer positions than a row has tokens
+def test_memory_of_reward_models_adds_up(capsys):
+    bert = "bert"  # fewer positions than a row has tokens
     transformers.BertConfig(max_position_embeddings=64).save_pretrained(bert)
-    run_main(memory, f"--policy={bert}", f"--reward_model={bert}")
+    run_main(memory, f"--policy={bert} --reward_model={bert}")
     assert "fits in" in capsys.readouterr().out
     shares = []
     for folders in ("", bert, f"{bert},{bert}"):
@@ -1360,7 +1344,7 @@ def test_memory_of_reward_models_adds_up(tmp_path, capsys):
 
 SMALL = (
     "--prompts_per_step=4 --group_size=4 --max_new_tokens=16 --eval_samples=1 --lr=1e-3 --epochs=2"
-).split()
+)
 
 SCRIPTS = (
     "mogrpo reward_model eval data.toy.prepare data.judge.prepare"
@@ -1370,7 +1354,7 @@ SCRIPTS = (
 def module(name):
     return importlib.import_module(name)
 
-def steps_of(folder):
+def steps_of(folder="out/mogrpo"):
     """The metrics rows of training steps, without those of evaluations."""
     return [row for row in rows_of(f"{folder}/metrics.jsonl") if "loss" in row]
 
@@ -1380,15 +1364,14 @@ def saved_weights(folder):
 # --------------------------------------------------------------------------------------------------
 # The toy world
 
-def test_default_run_improves_every_axis(toy, monkeypatch, capsys):
+def test_default_run_improves_every_axis(toy, capsys):
     """The README's main command, but a quarter of its steps: learned and true scores rise."""
-    monkeypatch.chdir(toy)
-    run_main(mogrpo, "--steps=20", "--out_dir=out/short")
+    run_main(mogrpo, "--steps=20 --out_dir=out/short")
     printed = capsys.readouterr().out
     assert "before" in printed and "out/short" in printed and printed.count("\nstep ") == 20
     first, last = [r for r in rows_of("out/short/metrics.jsonl") if "true/safety" in r]
     assert (first["step"], last["step"]) == (0, 20)
-    for axis in ("politeness", "meaningfulness", "actionability", "safety"):
+    for axis in TRUE_AXES:
         for name in (f"true/{axis}", f"eval/{axis}"):
             assert last[name] > first[name] + 0.05
     row = steps_of("out/short")[0]
@@ -1409,73 +1392,50 @@ def test_default_run_improves_every_axis(toy, monkeypatch, capsys):
     stock = stock_model("out/short/policy")
     for p, q in zip(restored.parameters(), stock.parameters(), strict=True):
         assert torch.equal(p.full_tensor(), q)
-    dist.destroy_process_group()
+    end_run()
     # eval.py sees the gain, too
     flags = [f"--{k}={v}" for k, v in evaluation.TOY.items()]
     policies = "--policies=base=out/toy/policy,ours=out/short/policy"
-    run_main(evaluation, *flags, policies, "--samples=2")
-    with open("out/eval/eval.json") as f:
-        table = json.load(f)["table"]
+    run_main(evaluation, " ".join([*flags, policies, "--samples=2"]))
+    table = read_json("out/eval/eval.json")["table"]
     assert list(table) == ["all", "benign", "harmful"]
     for measure in ("politeness", "true politeness"):
         assert table["all"][measure]["ours"]["gain"] > 0.1
         assert table["all"][measure]["base"]["gain"] == 0
 
-def stop_in(step, monkeypatch):
-    """Ctrl-C within that step of a run, whose steps have two updates each -> a list of updates."""
-    real, calls = torch.optim.AdamW.step, []
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == 2 * step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, *args)
-    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
-    return calls
-
-def stop_at_token(n, monkeypatch):
-    """SIGTERM while the n-th token is drawn -> a list of tokens."""
-    real, calls = mogrpo.pick, []
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == n:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-    monkeypatch.setattr(mogrpo, "pick", interrupted)
-    return calls
-
 def few_heldout():
     write_rows("few.jsonl", rows_of("out/toy/heldout_prompts.jsonl")[::32])
 
-FLOORS = ["--combine=lagrangian", "--floors=safety=0.9,politeness=0.2"]
+FLOORS = "--combine=lagrangian --floors=safety=0.9,politeness=0.2"
 
-@pytest.mark.parametrize("script, flags, stops", [
+@cases("script, flags, stops", [
     ("mogrpo", FLOORS, (1, 2, 3)),
-    ("ablations.ppo", ["--critic_lr=1e-3"], (2,)),
-    ("ablations.steer", [], (2,)),
+    ("ablations.ppo", "--critic_lr=1e-3", (2,)),
+    ("ablations.steer", "", (2,)),
 ])
 def test_resume_is_exact_after_a_stop_at_any_step(script, flags, stops, toy, monkeypatch):
-    monkeypatch.chdir(toy)
     few_heldout()
-    common = [*SMALL, "--steps=4", "--heldout_prompts=few.jsonl", "--eval_interval=2", *flags]
-    whole = f"out/whole-{script}"
-    run_main(module(script), *common, f"--out_dir={whole}", "--save_interval=0")
+    script = module(script)
+    common = f"{SMALL} --steps=4 --heldout_prompts=few.jsonl --eval_interval=2 {flags} --out_dir="
+    whole = "out/whole"
+    run_main(script, f"{common}{whole} --save_interval=0")
     for n in stops:
-        cut = f"out/cut{n}-{script}"
-        with monkeypatch.context() as patch:
-            calls = stop_in(n, patch)
-            run_main(module(script), *common, f"--out_dir={cut}")
-            assert len(calls) == 2 * n and not os.path.exists(f"{cut}/policy")
+        cut = f"out/cut{n}"
+        with monkeypatch.context() as patch:  # in the first of the step's two updates
+            calls = on_calls(patch, torch.optim.AdamW, "step", {2 * n - 1: signal.SIGINT})
+            run_main(script, f"{common}{cut}")
+            assert len(calls) == 2 * n and not exists(f"{cut}/policy")
         with open(f"{cut}/metrics.jsonl", "a") as f:  # killed: a step not saved, half a line
             f.write('{"step": 99, "loss": 0}\n{"step": 1')
-        run_main(module(script), *common, f"--out_dir={cut}", "--resume")
-        same_run(whole, cut, within=0)
-        assert rows_of(f"{cut}/samples.jsonl") == rows_of(f"{whole}/samples.jsonl")
+        run_main(script, f"{common}{cut} --resume")
+        exactly_the_same_run(whole, cut)
+    cut = "out/given-up"
     with monkeypatch.context() as patch:  # in a rollout or an evaluation, of which nothing is left
-        calls = stop_at_token(60, patch)
-        run_main(module(script), *common, "--out_dir=out/given-up", "--save_interval=0")
+        calls = on_calls(patch, mogrpo, "pick", {60: signal.SIGTERM})
+        run_main(script, f"{common}{cut} --save_interval=0")
         assert len(calls) == 60
-    run_main(module(script), "--out_dir=out/given-up", "--resume")
-    same_run(whole, "out/given-up", within=0)
+    run_main(script, f"--out_dir={cut} --resume")
+    exactly_the_same_run(whole, cut)
     if flags == FLOORS:  # dual ascent: up while below the floor, down while above
         rows = steps_of(whole)
         for axis, floor in (("safety", 0.9), ("politeness", 0.2)):
@@ -1485,10 +1445,13 @@ def test_resume_is_exact_after_a_stop_at_any_step(script, flags, stops, toy, mon
                 assert row[f"lambda/{axis}"] == approx(math.exp(log_lambda))
         assert rows[-1]["lambda/safety"] > 1 > rows[-1]["lambda/politeness"]
 
+def exactly_the_same_run(one, other):
+    same_run(one, other, within=0)
+    assert rows_of(f"{one}/samples.jsonl") == rows_of(f"{other}/samples.jsonl")
+
 @pytest.mark.skipif("MOGRPO_TORTURE" not in os.environ, reason="minutes; MOGRPO_TORTURE=30")
-def test_torture(toy, monkeypatch):
+def test_torture(toy):
     """SIGKILL at random moments, also within checkpoints and renames: bit for bit the same run."""
-    monkeypatch.chdir(toy)
     few_heldout()
     random.seed(os.environ["MOGRPO_TORTURE"])
     seconds = {}  # that an unbroken run takes
@@ -1496,29 +1459,30 @@ def test_torture(toy, monkeypatch):
         count = 1 + kill % 2
         floors = FLOORS * (kill // 2 % 2)
         whole = f"out/torture-{count}-{len(floors)}"
-        command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={count}"
-        flags = [*SMALL, "--steps=8", "--save_interval=1", "--heldout_prompts=few.jsonl", *floors]
-        command = [*command.split(), f"{HERE}/mogrpo.py", *flags]
+        flags = f"{SMALL} --steps=8 --save_interval=1 --heldout_prompts=few.jsonl {floors}"
+        command = [*torchrun(count), f"{HERE}/mogrpo.py", *flags.split()]
         if whole not in seconds:
             start = time.time()
             subprocess.run([*command, f"--out_dir={whole}"], check=True)
             seconds[whole] = time.time() - start
         cut = f"out/cut-{kill}"
-        command = [*command, f"--out_dir={cut}"]
+        command.append(f"--out_dir={cut}")
         process = subprocess.Popen(command)
         time.sleep(random.uniform(0.3, 1) * seconds[whole])
         subprocess.run(["pkill", "-KILL", "-f", cut])
         process.wait()
-        print("kill", kill, sorted(os.listdir(cut)) if os.path.exists(cut) else "nothing yet")
+        print("kill", kill, sorted(os.listdir(cut)) if exists(cut) else "nothing yet")
         subprocess.run([*command, "--resume"], check=True)
-        same_run(whole, cut, within=0)
-        assert rows_of(f"{cut}/samples.jsonl") == rows_of(f"{whole}/samples.jsonl")
+        exactly_the_same_run(whole, cut)
 
-def test_bfloat16_starts_at_the_reference(toy, monkeypatch):
+def torchrun(count):
+    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={count}"
+    return command.split()
+
+def test_bfloat16_starts_at_the_reference(toy):
     """The GPU's arithmetic: bfloat16 compute on float32 weights, and a bfloat16 reference."""
-    monkeypatch.chdir(toy)
-    run_main(mogrpo, *SMALL, "--epochs=1", "--steps=1", "--dtype=bfloat16")
-    [row] = steps_of("out/mogrpo")
+    run_main(mogrpo, f"{SMALL} --epochs=1 --steps=1 --dtype=bfloat16")
+    [row] = steps_of()
     assert row["kl"] == 0 and row["clip_frac"] == 0  # bit for bit
     assert 0 < row["sampler_gap"] < 0.05
 
@@ -1564,17 +1528,11 @@ def work(rank, count, node, name):
     dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
     mogrpo.RANK = rank
     mogrpo.IS_FIRST = rank == 0
-    real = torch.optim.AdamW.step
-    def step(self, *args):
-        if stopping:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, *args)
-    torch.optim.AdamW.step = step
     for line in MANY_RUNS.replace("NAME", name).strip().splitlines():
-        script, *flags = line.split()
-        # A signal that reaches one process only
-        stopping = "--resume" in flags and rank == 0 and name != "2x2"
-        run_main(module(script), *flags)
+        script, _, flags = line.partition(" ")
+        if "--resume" in flags and rank == 0 and name != "2x2":  # of one process only
+            on_calls(pytest.MonkeyPatch(), torch.optim.AdamW, "step", {1: signal.SIGINT})
+        run_main(module(script), flags)
     dist.barrier()
     os._exit(0)
 
@@ -1584,7 +1542,6 @@ def test_any_number_of_processes_and_nodes_gives_the_same_run(tiny_run, toy, mon
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     multiprocessing.set_forkserver_preload([__name__, *SCRIPTS])  # torch is imported once
-    shutil.copytree(toy / "out/toy", "out/toy")
     few_heldout()
     folder_of("untied", tied=False)
     ratings_file("r.jsonl", 70)
@@ -1605,7 +1562,7 @@ def test_any_number_of_processes_and_nodes_gives_the_same_run(tiny_run, toy, mon
         end = saved_weights(f"out/{variant}-4/policy")
         moved = {name for name, w in end.items() if not torch.equal(w, stock[name])}
         assert moved == {name for name in end if rank == "0" or "proj" in name}
-        assert os.path.exists(f"out/{variant}-4/adapter/adapter_config.json") == (rank == "3")
+        assert exists(f"out/{variant}-4/adapter/adapter_config.json") == (rank == "3")
 
 def same_weights(one, other, within=1e-5):
     found = saved_weights(other)
@@ -1614,7 +1571,8 @@ def same_weights(one, other, within=1e-5):
 
 def same_samples(one, other):
     """In the files of training they stand process after process."""
-    place = lambda row: [row.get(key) for key in ("step", "heldout", "index")]
+    def place(row):
+        return [row.get(key) for key in ("step", "heldout", "index")]
     files = [sorted(rows_of(f"{folder}/samples.jsonl"), key=place) for folder in (one, other)]
     for a, b in zip(*files, strict=True):
         assert place(a) == place(b) and a["response"] == b["response"], other
@@ -1631,11 +1589,10 @@ def same_run(one, other, within=1e-5):
 def test_one_file_is_enough(tiny_run):
     """mogrpo.py alone beside rules and prompts, by torchrun with two processes."""
     shutil.copy(f"{HERE}/mogrpo.py", "mogrpo.py")
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 mogrpo.py"
-    flags = [*command.split(), *tiny_run, "--rules=rules.py", "--steps=2"]
-    printed = subprocess.check_output(flags, text=True)
+    flags = f"mogrpo.py {tiny_run} --rules=rules.py --steps=2"
+    printed = subprocess.check_output([*torchrun(2), *flags.split()], text=True)
     assert printed.count("saved in out/mogrpo") == 1
-    assert len(steps_of("out/mogrpo")) == 2
+    assert len(steps_of()) == 2
     stock_model("out/mogrpo/policy")
 
 # --------------------------------------------------------------------------------------------------
@@ -1643,25 +1600,25 @@ def test_one_file_is_enough(tiny_run):
 
 @pytest.fixture
 def flags(tiny_run):
-    return [*tiny_run, "--reward_model=rm"]
+    return f"{tiny_run} --reward_model=rm"
 
-def test_bad_gradients_are_skipped_and_ten_stop_the_run(flags, monkeypatch, capsys):
+def test_bad_gradients_are_skipped_and_ten_stop_the_run(flags, monkeypatch):
     real, calls = mogrpo.objective, []
     def poisoned(*args):
         loss, kl, clip_frac = real(*args)
         calls.append(1)
         return loss * (1 if len(calls) in (1, 3) else math.nan), kl, clip_frac
     monkeypatch.setattr(mogrpo, "objective", poisoned)
-    refused_run(capsys, [*flags, "--steps=30"], "ten", "in a row")
-    rows = steps_of("out/mogrpo")
+    refused_run(f"{flags} --steps=30", "ten", "in a row")
+    rows = steps_of()
     assert [r["skipped"] for r in rows] == [0, 1, *range(1, 11)]
     assert [r["loss"] is None for r in rows] == [False, True, False] + [True] * 9
     assert len(calls) == 13
 
-# Under a script a line spoils a file (NAME < text) or a config (NAME.json: KEY = JSON), adds flags,
+# Under a script and its flags a line spoils a file (NAME < text) or a config (NAME.json: KEY = JSON), adds flags,
 # or both, and names what the one line on stderr must hold
 BAD_INPUT = r"""
-[mogrpo]
+[mogrpo] FLAGS
 --group_size=1                 | --group_size=1 least 2
 --group_size=-3                | --group_size=-3
 --lr=fast                      | --lr fast
@@ -1718,7 +1675,8 @@ stray                          | stray
 --policy=                      | such folder
 --reward_model=nowhere         | nowhere such folder
 --reward_model=policy          | policy: score.weight
---reward_model=rm,rm           | axes good
+--reward_model=rm,rm           | axes good kind
+--reward_model=                | --rules
 --reward_model=rm,             | such folder
 --rules=none.py                | none.py
 --rules=policy                 | policy
@@ -1771,8 +1729,12 @@ bad.py < {'a': 'high' if response else 1}   @ --rules=bad.py | bad.py high
 bad.py < [1, 2]                             @ --rules=bad.py | bad.py names
 bad.py < {'a,b': 1}                         @ --rules=bad.py | bad.py names
 bad.py < {'good': 1}                        @ --rules=bad.py | axes good
+bad.py < {'kind': 1}                        @ --rules=bad.py | axes kind
+bad.py < {}                                 @ --reward_model= --rules=bad.py | there is no axis
+empty.py.txt < score = 1                    @ --rules=empty.py.txt | empty.py.txt
+empty.py.txt < score = 1                    @ --rules=rules.py --truth=empty.py.txt | empty.py.txt
 bad.py < {'a': 1                            @ --rules=bad.py | bad.py
-[reward_model]
+[reward_model] --ratings=r.jsonl --backbone=policy --out_dir=out/rm
 --scale=1,0                    | --scale=1,0
 --scale=a,b                    | --scale=a,b
 --loss=x                       | --loss=x mse
@@ -1808,7 +1770,7 @@ r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": 1}}    | too few
 --score=r.jsonl --out=rm          | --out=rm
 --score=r.jsonl --out=no/where    | --out=no/where
 --score=r.jsonl --reward_model=no | no such folder
-[eval]
+[eval] --policies=one=policy,two=policy --prompts=prompts.jsonl --reward_model=rm
 --policies=one                 | --policies=one name=folder
 --policies=one=policy,one=x    | two policies
 --samples=0                    | --samples=0
@@ -1818,7 +1780,7 @@ r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": 1}}    | too few
 --prompts=                     | --prompts
 --reward_model=policy          | policy
 --max_prompt_tokens=1          | prompt
-[data.judge.prepare]
+[data.judge.prepare] --judge=policy --samples=r.jsonl --out=rated.jsonl
 --samples=                     | --samples
 --samples=none.jsonl           | none.jsonl
 --judge=none                   | none such folder
@@ -1828,25 +1790,24 @@ r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": 1}}    | too few
 rubrics.json < {"a": DEEP}     @ --rubrics=rubrics.json | rubrics.json
 rubrics.json < {"a": 1}        @ --rubrics=rubrics.json | rubrics.json expected
 rubrics.json < ["kind"]        @ --rubrics=rubrics.json | rubrics.json expected
-[ablations.ppo]
+[ablations.ppo] FLAGS
 --gae_lambda=5                 | --gae_lambda=5
 --combine=gdpo                 | --combine
 --beta=0                       | --beta
-[ablations.dpo]
+[ablations.dpo] FLAGS
 --combine=gdpo                 | --combine
 --beta=0                       | --beta
-[ablations.steer]
+[ablations.steer] FLAGS
 --sweep=nice                   | --sweep=nice good, kind
 --picture                      | --sweep
 """
 
 def bad_lines():
-    script = None
     for line in BAD_INPUT.strip().splitlines():
         if line.startswith("["):
-            script = line.strip("[]")
+            script, _, base = line.partition(" ")
         else:
-            yield script, line
+            yield script.strip("[]"), base, line
 
 def everything():
     """What stands in the working folder: names and contents."""
@@ -1857,16 +1818,10 @@ def everything():
                 found[f"{folder}/{name}"] = f.read()
     return found
 
-@pytest.mark.parametrize("script, line", list(bad_lines()))
-def test_bad_input(flags, capsys, script, line):
+@cases("script, base, line", list(bad_lines()))
+def test_bad_input(flags, script, base, line):
     """One line that names the place, exit status 2, and nothing on disk is changed."""
     ratings_file("r.jsonl", 40)
-    base = dict(
-        reward_model="--ratings=r.jsonl --backbone=policy --out_dir=out/rm",
-        eval="--policies=one=policy,two=policy --prompts=prompts.jsonl --reward_model=rm",
-    ).get(script, " ".join(flags))
-    if "judge" in script:
-        base = "--judge=policy --samples=r.jsonl --out=rated.jsonl"
     spoil, parts = line.replace("DIGITS", "0" * 5000).rsplit(" | ", 1)
     spoil = spoil.strip().replace("DEEP", "[" * 10**5)
     typed = spoil
@@ -1874,37 +1829,31 @@ def test_bad_input(flags, capsys, script, line):
         spoil, _, typed = spoil.partition(" @ ")
         name, config, value = spoil.partition(".json: ")
         if config:
-            with open(f"{name}.json") as f:
-                text = json.load(f)
+            name += ".json"
             key, _, value = value.partition(" = ")
-            text[key] = json.loads(value)
-            text = json.dumps(text)
+            text = json.dumps(read_json(name) | {key: json.loads(value)})
         else:
             name, _, text = spoil.partition(" <")
             text = text.strip(" ").replace("\\n", "\n")
             if name.endswith(".py"):
                 text = f"def scores(record, response):\n    return {text}\n"
-        mogrpo.write_text(name + ".json" * bool(config), text)
+        write_text(name, text)
     before = everything()
-    call = lambda: run_main(module(script), *base.split(), *typed.split())
-    refused(capsys, call, *parts.split())
+    base = base.replace("FLAGS", flags)
+    refused_run(f"{base} {typed}", *parts.split(), script=module(script))
     assert before.items() <= everything().items()
-    assert "if response" in line or not os.path.exists("out")
+    assert "if response" in line or not exists("out")
 
-def spoil_weight(file, name, row):
-    weights = load_file(file)
-    weights[name][row] = math.nan
-    save_file(weights, file, metadata={"format": "pt"})
-
-@pytest.mark.parametrize("folder, name, parts", [
+@cases("folder, name, parts", [
     ("rm", "score.weight", "['kind']"),
     ("rm", "model.embed_tokens.weight", "model.embed_tokens.weight"),  # of a word that may come
     ("policy", "model.embed_tokens.weight", "model.embed_tokens.weight"),
 ])
-def test_one_nan_in_a_folder_is_refused(flags, capsys, folder, name, parts):
-    spoil_weight(f"{folder}/model.safetensors", name, 1)
-    refused_run(capsys, flags, f"{folder}: ", parts)
-    assert not os.path.exists("out")
+def test_one_nan_in_a_folder_is_refused(flags, folder, name, parts):
+    with changed_weights(folder) as weights:
+        weights[name][1] = math.nan
+    refused_run(flags, f"{folder}: ", parts)
+    assert not exists("out")
 
 NAN_RULES = """
 def scores(record, response):
@@ -1914,27 +1863,28 @@ def scores(record, response):
 
 def test_scores_that_are_not_finite(tiny_run, capsys):
     """They cost their group, not the step, and move no multiplier; none at all cost the run."""
-    mogrpo.write_text("odd.py", NAN_RULES.replace("BAD", 'record["answer"] == "3"'))
-    flags = [*tiny_run, "--rules=odd.py", "--steps=3", "--beta=0", "--combine=lagrangian"]
-    run_main(mogrpo, *flags, "--floors=odd=0.9")
+    write_text("odd.py", NAN_RULES.replace("BAD", 'record["answer"] == "3"'))
+    more = "--rules=odd.py --steps=3 --beta=0 --combine=lagrangian --floors=odd=0.9"
+    flags = f"{tiny_run} {more}"
+    run_main(mogrpo, flags)
     assert "scores of odd are not finite" in capsys.readouterr().out
-    for row in steps_of("out/mogrpo"):
+    for row in steps_of():
         assert row["skipped"] == 0 and row["grad_norm"] > 0
         assert 0.1 < row["score/odd"] < 1 < row["lambda/odd"]
-    mogrpo.write_text("odd.py", NAN_RULES.replace("BAD and len(response) % 3 == 0", "True"))
-    refused_run(capsys, [*flags, "--floors=odd=0.9"], "no update succeeded", "'reward': nan")
-    for row in steps_of("out/mogrpo"):
+    write_text("odd.py", NAN_RULES.replace("BAD and len(response) % 3 == 0", "True"))
+    refused_run(flags, "no update succeeded", "'reward': nan")
+    for row in steps_of():
         assert row["score/odd"] is None and row["lambda/odd"] == 1
     for name in mogrpo.LOGS:
         with open(f"out/mogrpo/{name}") as f:
             assert "NaN" not in f.read()
-    assert not os.path.exists("out/mogrpo/policy")
+    assert not exists("out/mogrpo/policy")
 
-def test_reward_training_that_diverges(tmp_path, capsys):
-    folder_of(tmp_path / "b")
-    ratings_file(tmp_path / "r.jsonl")
-    refused(capsys, lambda: train_rm(tmp_path, "--lr=1e11 --head_lr=1e11"), "not finite")
-    assert not (tmp_path / "rm/model.safetensors").exists()
+def test_reward_training_that_diverges():
+    folder_of("b")
+    ratings_file("r.jsonl")
+    refused(lambda: train_rm("--lr=1e11 --head_lr=1e11"), "not finite")
+    assert not exists("rm/model.safetensors")
 
 def test_special_tokens_spelled_out_are_text():
     """For policy, reward model and judge alike: no text can end its turn."""
@@ -1955,43 +1905,42 @@ def test_an_error_of_one_process_is_told(monkeypatch, capsys):
     monkeypatch.setattr(mogrpo, "IS_FIRST", False)
     monkeypatch.setattr(mogrpo, "RANK", 3)
     monkeypatch.setattr(mogrpo.time, "sleep", lambda seconds: None)
-    refused(capsys, lambda: mogrpo.die("odd"), "on process 3: odd")
+    refused(lambda: mogrpo.die("odd"), "on process 3: odd")
     monkeypatch.setattr(mogrpo, "PARENT", -1)  # torchrun is no more: it had a reason
     with pytest.raises(SystemExit):
         mogrpo.die("odd")
     assert capsys.readouterr().err == ""
 
-def test_corrupt_gz(flags, capsys):
+def test_corrupt_gz(flags):
     packed = bytearray(gzip.compress(os.urandom(500)))
     packed[60] ^= 255
     with open("p.jsonl.gz", "wb") as f:
         f.write(packed[:100])
-    refused_run(capsys, [*flags, "--prompts=p.jsonl.gz"], "p.jsonl.gz")
+    refused_run(f"{flags} --prompts=p.jsonl.gz", "p.jsonl.gz")
 
 def test_resume_keeps_to_its_flags(flags, capsys):
-    run_main(mogrpo, *flags, "--lr=1e-4", "--beta=0.5")
+    run_main(mogrpo, f"{flags} --lr=1e-4 --beta=0.5")
+    before = everything()
     for flag in ("--policy=rm", "--prompts=rules.py", "--seed=1", "--lora_rank=2"):
-        before = everything()
         name = flag.partition("=")[0]
-        refused_run(capsys, ["--resume", flag], f"{name} was", "cannot be resumed")
+        refused_run(f"--resume {flag}", f"{name} was", "cannot be resumed")
         assert everything() == before
-    run_main(mogrpo, "--resume", "--steps=3", "--truth=rules.py")  # all else from config.json
+    run_main(mogrpo, "--resume --steps=3 --truth=rules.py")  # all else from config.json
     assert "--steps was 1 and is now 3" in capsys.readouterr().out
-    configs = []
-    for name in ("config.json", "config.json.1"):
-        with open(f"out/mogrpo/{name}") as f:
-            configs.append(json.load(f))
-    assert [(c["steps"], c["truth"], c["lr"], c["beta"]) for c in configs] == [
-        (3, "rules.py", 1e-4, 0.5), (1, "", 1e-4, 0.5)]
-    assert [row["step"] for row in steps_of("out/mogrpo")] == [1, 2, 3]
-    mogrpo.write_text("out/mogrpo/config.json", "{")
-    refused_run(capsys, ["--resume"], "config.json")
+    config = "out/mogrpo/config.json"
+    now = read_json(config)
+    earlier = read_json(f"{config}.1")
+    assert earlier["lr"] == 1e-4 and earlier["beta"] == 0.5
+    assert (earlier["steps"], earlier["truth"]) == (1, "")
+    assert now == earlier | dict(steps=3, truth="rules.py")
+    assert [row["step"] for row in steps_of()] == [1, 2, 3]
+    write_text(config, "{")
+    refused_run("--resume", "config.json")
 
-def test_a_folder_belongs_to_one_run(flags, capsys, monkeypatch):
-    mogrpo.join_world(alone=True)
+def test_a_folder_belongs_to_one_run(flags, world):
     mogrpo.lock("out/mogrpo")
     dist.destroy_process_group()
-    refused_run(capsys, flags, "out/mogrpo: another run writes there", f"process {os.getpid()} on")
+    refused_run(flags, "out/mogrpo: another run writes there", f"process {os.getpid()} on")
     assert os.listdir("out") == ["mogrpo.lock"]
 
 def apart(rank):
@@ -2005,8 +1954,7 @@ def apart(rank):
     with open("../said", "a", buffering=1) as sys.stderr:
         mogrpo.lock("out/run")
 
-def test_nodes_must_share_the_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_nodes_must_share_the_folder(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     with pytest.raises(torch.multiprocessing.ProcessExitedException) as e:
         torch.multiprocessing.start_processes(apart, (), 2, start_method="forkserver")
@@ -2015,35 +1963,35 @@ def test_nodes_must_share_the_folder(tmp_path, monkeypatch):
         assert len(f.readlines()) == 1
     assert sorted(everything()) == ["./group", "./node0/out/run.lock", "./said"]
 
-def test_frozen_models_are_sharded_again(tmp_path, world):
+def test_frozen_models_are_sharded_again(world):
     """Also the root, which FSDP would keep whole for a backward pass that never comes."""
-    policy = mogrpo.shard(mogrpo.Policy(folder_of(tmp_path)).requires_grad_(False), torch.float32)
+    policy = mogrpo.shard(mogrpo.Policy(folder_of()).requires_grad_(False), torch.float32)
     for _ in range(2):
         sample(policy, PROMPTS, KEYS, 1.0, 2)
         mogrpo.response_logp(policy, [(PROMPTS[0], [2])], 1.0)
         assert all(isinstance(p, mogrpo.DTensor) for p in policy.parameters())
 
-def test_spoiled_folders(flags, capsys):
+def test_spoiled_folders(flags):
     weights = "policy/model.safetensors"
     os.truncate(weights, 1000)
-    refused_run(capsys, flags, "policy: ")
+    refused_run(flags, "policy: ")
     os.remove(weights)
     torch.save({}, "policy/pytorch_model.bin")  # a pickle is never read
-    refused_run(capsys, flags, "policy: ")
+    refused_run(flags, "policy: ")
     os.remove("policy/tokenizer.json")
-    refused_run(capsys, flags, "policy: ", "tokenizer")
-    assert not os.path.exists("out")
+    refused_run(flags, "policy: ", "tokenizer")
+    assert not exists("out")
 
-def test_earlier_runs_are_kept_and_damaged_checkpoints_refused(flags, capsys):
+def test_earlier_runs_are_kept_and_damaged_checkpoints_refused(flags):
     for _ in range(2):
-        run_main(mogrpo, *flags)
+        run_main(mogrpo, flags)
     assert {"mogrpo", "mogrpo.1"} <= set(os.listdir("out"))
     folder = "out/mogrpo/checkpoint"
     piece = f"{folder}/{min(os.listdir(folder))}"
     assert piece.endswith(".safetensors")
     before = sorted(os.listdir("out/mogrpo"))
     def refuse():
-        refused_run(capsys, [*flags, "--steps=2", "--resume"], "checkpoint", "damaged")
+        refused_run(f"{flags} --steps=2 --resume", "checkpoint", "damaged")
         assert sorted(os.listdir("out/mogrpo")) == before
         shutil.copytree("out/mogrpo.1/checkpoint", folder, dirs_exist_ok=True)
     os.truncate(piece, os.path.getsize(piece) - 100)
@@ -2056,22 +2004,22 @@ def test_earlier_runs_are_kept_and_damaged_checkpoints_refused(flags, capsys):
             f.write(b"~")
         refuse()
     for text in ("[1]", "{bad", "[" * 10**5, '{"files": {}}'):
-        mogrpo.write_text(f"{folder}/state.json", text)
+        write_text(f"{folder}/state.json", text)
         refuse()
 
 def test_a_crash_while_saving_keeps_a_whole_checkpoint(flags):
     folder = "out/mogrpo/checkpoint"
-    run_main(mogrpo, *flags, "--steps=2", "--save_interval=1")
+    run_main(mogrpo, f"{flags} --steps=2 --save_interval=1")
     os.makedirs(f"{folder}.tmp")  # a half-written one
-    run_main(mogrpo, *flags, "--steps=3", "--resume")
+    run_main(mogrpo, f"{flags} --steps=3 --resume")
     shutil.copytree(folder, f"{folder}.tmp")  # a whole one, but the old one is half removed
     os.remove(f"{folder}/state.json")
-    run_main(mogrpo, *flags, "--steps=4", "--resume")
-    assert [row["step"] for row in steps_of("out/mogrpo")] == [1, 2, 3, 4]
+    run_main(mogrpo, f"{flags} --steps=4 --resume")
+    assert [row["step"] for row in steps_of()] == [1, 2, 3, 4]
     assert sorted(os.listdir("out")) == ["mogrpo", "mogrpo.lock"]
-    assert not os.path.exists(f"{folder}.tmp")
+    assert not exists(f"{folder}.tmp")
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@cases("name", SCRIPTS)
 def test_command_line_of_every_script(name, monkeypatch, capsys):
     def run_as_program(*args):
         monkeypatch.setattr(sys, "argv", [name, *args])
@@ -2082,4 +2030,4 @@ def test_command_line_of_every_script(name, monkeypatch, capsys):
     assert e.value.code == 0 and module(name).__doc__ in printed
     for field in dataclasses.fields(module(name).Config):
         assert f"    {field.name}: " in printed
-    refused(capsys, lambda: run_as_program("--nonsense=1"), "arguments: --nonsense=1")
+    refused(lambda: run_as_program("--nonsense=1"), "arguments: --nonsense=1")
