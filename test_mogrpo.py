@@ -23,6 +23,7 @@ import sys
 import time
 import weakref
 from contextlib import contextmanager, redirect_stderr
+from math import nan, sqrt
 from os.path import exists
 from types import SimpleNamespace
 
@@ -36,6 +37,7 @@ import transformers
 from pytest import approx
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +52,11 @@ from mogrpo import write_text
 
 HERE = mogrpo.HERE
 cases = pytest.mark.parametrize
-KINDS = cases("kind", "qwen2 llama qwen3 gemma2 gpt2".split())
+
+def each(name, words):
+    return cases(name, words.split())
+
+KINDS = each("kind", "qwen2 llama qwen3 gemma2 gpt2")
 PROMPTS = [[5, 6, 7], [*range(8, 19)], [*range(20, 25)]]
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
@@ -119,12 +125,19 @@ def reward_folder(path, axes=("good", "kind")):
     tiny_tokenizer().save_pretrained(path)
     return str(path)
 
+def turn(content, role="user"):
+    return dict(role=role, content=content)
+
 def write_rows(path, rows):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 def rows_of(path):
     return [record for _, record in mogrpo.read_jsonl(path)]
+
+def table(text):
+    """Lines of parts between bars."""
+    return [line.split(" | ") for line in text.strip().splitlines()]
 
 def read_json(path):
     with open(path) as f:
@@ -148,10 +161,16 @@ def ratings_file(path, n=400, sparse=False):
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, and leaves its process group."""
+    """Every test works in a folder of its own, with the same seed, and leaves its process group."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     yield
     end_run()
+
+@pytest.fixture
+def printed(capsys):
+    """What has been printed since the last call."""
+    return lambda: capsys.readouterr().out
 
 @pytest.fixture
 def world():
@@ -169,10 +188,8 @@ def tiny_run():
     folder_of()
     reward_folder("rm")
     write_text("rules.py", RULES)
-    rows = []
-    for i in range(12):
-        tag = "odd" if i % 2 else "even"
-        rows.append(dict(prompt=f"w{i} w9", answer=f"{i % 10}", tag=tag))
+    tags = ["even", "odd"]
+    rows = [dict(prompt=f"w{i} w9", answer=f"{i % 10}", tag=tags[i % 2]) for i in range(12)]
     write_rows("prompts.jsonl", rows)
     return (
         "--policy=policy --prompts=prompts.jsonl --prompts_per_step=4 --group_size=4"
@@ -245,6 +262,7 @@ def refused(call, *parts):
     line = said.getvalue()
     assert e.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
     assert all(part in line for part in parts), line
+    return line
 
 def refused_run(flags, *parts, script=mogrpo):
     refused(lambda: run_main(script, flags), *parts)
@@ -284,7 +302,7 @@ def test_loaded_and_saved_equals_the_library(kind, tied, world):
     mogrpo.save_folder(lm, policy.tokenizer, "again", lm.saved_dtype)
     saved = stock_model("again")
     assert saved.dtype == torch.bfloat16
-    ids = torch.tensor([PROMPTS[1]])
+    ids = tensor([PROMPTS[1]])
     assert torch.equal(saved(ids).logits, stock_model(path)(ids).logits)
     with mogrpo.gathered(policy):
         assert torch.equal(lm(ids).logits, stock(ids).logits)
@@ -313,7 +331,7 @@ def max_gap(x, y):
 
 def stock_logp(model, prompt, response, temperature=1.0):
     """Log-probs of one response by the library's full logits."""
-    logits = model(torch.tensor([prompt + response])).logits[0]
+    logits = model(tensor([prompt + response])).logits[0]
     logp = (logits / temperature).log_softmax(-1)
     before = range(len(prompt) - 1, len(logits) - 1)  # each token is predicted by the one before
     return logp[before, response]
@@ -347,7 +365,7 @@ def test_adapter_in_peft_and_merged(world):
     """What a LoRA run leaves: the merged policy in the stock library, the adapter in PEFT."""
     path = folder_of()
     policy = policy_of(path, lora_rank=4)
-    ids = torch.tensor([PROMPTS[1]])
+    ids = tensor([PROMPTS[1]])
     with mogrpo.gathered(policy):
         expected = policy.lm(ids).logits
     def relative_gap(model):
@@ -370,7 +388,7 @@ def sample(policy, prompts, keys, temperature, tokens=24):
     with mogrpo.gathered(policy):
         return mogrpo.sample(policy, prompts, u_BT, temperature)
 
-@cases("kind", "qwen2 llama qwen3 gemma2 gpt2 granite cohere".split())
+@each("kind", "qwen2 llama qwen3 gemma2 gpt2 granite cohere")
 def test_sampled_equals_generated_and_rescored(kind, world):
     """Greedily by the library, else by the trainer; and whatever the batch is."""
     path = folder_of(kind=kind, tied=False)
@@ -382,7 +400,7 @@ def test_sampled_equals_generated_and_rescored(kind, world):
     rows = []
     for key, likeliest, response in zip(KEYS, greedy, together):
         prompt = PROMPTS[key[0]]
-        out = stock.generate(torch.tensor([prompt]), max_new_tokens=24)
+        out = stock.generate(tensor([prompt]), max_new_tokens=24)
         assert out[0].tolist() == prompt + likeliest
         alone, _ = sample(policy, [prompt], [key], 0.8)
         assert alone == [response]
@@ -394,7 +412,6 @@ def test_sampled_equals_generated_and_rescored(kind, world):
     assert len({tuple(r) for r in together}) == 12
 
 def test_pick_follows_the_softmax():
-    torch.manual_seed(0)
     n = 40000
     logits = torch.randn(12) * 2 / 0.7
     u = torch.rand(n).double()
@@ -404,8 +421,8 @@ def test_pick_follows_the_softmax():
     chi2 = (off**2 / (n * p)).sum()
     assert chi2 < 31.3  # 99.9 % quantile of chi-square with 11 degrees of freedom
     assert max_gap(logp, p[token].log()) < 1e-5
-    one = torch.tensor([[0.0, 1.0, 0.0]]).log()
-    ends = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64)
+    one = tensor([[0.0, 1.0, 0.0]]).log()
+    ends = tensor([0.0, 1 - 1e-16], dtype=torch.float64)
     token, _ = mogrpo.pick(one.expand(2, 3), ends)
     assert token.tolist() == [1, 1]  # never a token of probability 0
 
@@ -447,7 +464,7 @@ def test_rollout_calls_no_collective():
             sample(policy, PROMPTS, KEYS, 1.0, tokens)
         assert seen.collectives == 3  # one a block, and one for the rest
 
-@cases("kind", ["bert", "mamba"])  # not causal; no attention to mask
+@each("kind", "bert mamba")  # not causal; no attention to mask
 def test_unsupported_models_are_refused(kind, world):
     policy = policy_of(folder_of(kind=kind))
     refused(lambda: mogrpo.check_support(policy), "not supported")
@@ -478,16 +495,15 @@ def slow_advantages(scores, weights, combine, lambdas):
         a_PG = zscore(a_PG)
     return a_PG
 
-COMBINE = cases("combine", ["sum", "gdpo", "lagrangian"])
+COMBINE = each("combine", "sum gdpo lagrangian")
 
 @COMBINE
 def test_advantages_equal_the_formulas(combine):
-    torch.manual_seed(0)
     s = torch.rand(5, 8, 3).double()
     s[0, :, 1] = 0.5  # an axis without signal
     s[1, :, 2] = 0.5 + 1e-4 * s[1, :, 2]  # one below the floor
     w = torch.rand(5, 1, 3).double() + 0.1
-    lambdas = torch.tensor([0.7, 0.0, 2.0]).double()
+    lambdas = tensor([0.7, 0.0, 2.0]).double()
     rewards, a, parts = mogrpo.advantages(s, w, config_of(combine), lambdas)
     slow = slow_advantages(s, w[:, 0], combine, lambdas)
     assert max_gap(a, slow) < 1e-9
@@ -495,19 +511,18 @@ def test_advantages_equal_the_formulas(combine):
     assert max_gap(parts.sum(-1), a) < 1e-9
     assert max_gap(rewards, (s * w).sum(-1)) < 1e-9
 
-@cases("combine", ["sum", "gdpo"])
+@each("combine", "sum gdpo")
 def test_one_axis_is_textbook_grpo(combine):
     """A step of one group: its z-score is the group's."""
-    r = torch.tensor([0.2, 0.4, 0.9, 0.1])
+    r = tensor([0.2, 0.4, 0.9, 0.1])
     _, a, _ = mogrpo.advantages(r.view(1, 4, 1), torch.ones(1), config_of(combine))
     assert max_gap(a[0], zscore(r)) < 1e-5
 
 @COMBINE
 def test_no_signal_gives_exactly_zero(combine):
-    torch.manual_seed(0)
     same = torch.full((1, 8, 4), 0.7310585786)
     noise = torch.randn(1, 8, 4)
-    uneven = torch.tensor([0.1, 0.7, 1.3, 2.9])
+    uneven = tensor([0.1, 0.7, 1.3, 2.9])
     for spread in (0, 1e-7, 1e-5):
         scores = same + spread * noise
         _, a, _ = mogrpo.advantages(scores, uneven, config_of(combine), torch.zeros(4))
@@ -518,11 +533,10 @@ def test_no_signal_gives_exactly_zero(combine):
             assert 0 < largest < 0.02
 
 def test_group_metrics_against_plain_arithmetic():
-    torch.manual_seed(0)
     s = torch.rand(6, 8, 3).double()
     s[..., 2] = 1 - s[..., 0] + 0.05 * s[..., 2]  # the third axis opposes the first
     s[0, :, 1] = 0.5
-    w = torch.tensor([2.0, 1.0, 0.5]).double()
+    w = tensor([2.0, 1.0, 0.5]).double()
     cfg = mogrpo.Config()
     rewards, a, parts = mogrpo.advantages(s, w, cfg)
     row = mogrpo.group_metrics(s, rewards, a, parts, "xyz", cfg)
@@ -573,7 +587,7 @@ def slow_loss(stock, ref, rows, cfg):
     return sums
 
 @KINDS
-@cases("norm", ["sequence", "token", "constant"])
+@each("norm", "sequence token constant")
 def test_loss_and_gradient_equal_the_formulas(kind, norm, world):
     """`grpo_update` with two inner epochs, the second of which clips, and any micro-batches."""
     path = folder_of("a", kind, tiny_tokenizer(pad="<end>"))  # yet it is trained
@@ -636,10 +650,10 @@ def test_loss_and_gradient_equal_the_formulas(kind, norm, world):
 def test_micro_batches(world, monkeypatch):
     """The budget is kept, each row comes once, all processes get equally many."""
     pairs = [([9] * 5, [i] * n) for i, n in enumerate([3, 9, 2, 11, 5, 5, 1, 7])]
-    rows = []
-    for prompt, response in pairs:
-        sampler_logp = torch.zeros(len(response))
-        rows.append(dict(prompt=dict(ids=prompt), response=response, sampler_logp=sampler_logp))
+    rows = [
+        dict(prompt=dict(ids=prompt), response=response, sampler_logp=torch.zeros(len(response)))
+        for prompt, response in pairs
+    ]
     run = SimpleNamespace(policy=SimpleNamespace(eos=[2, 6]))
     for budget in (1, 30, 64, 1000):
         run.cfg = mogrpo.Config(micro_tokens=budget)
@@ -714,10 +728,9 @@ def test_rewards_of_several_sources_stand_side_by_side(tiny_run):
 # ==================================================================================================
 # reward_model.py
 
-SAMPLES = []  # 17 rows of 5 different lengths
-for i in range(17):
-    prompt = [dict(role="user", content=f"w{i} w2")]
-    SAMPLES.append((prompt, f"w{i}" + f" w{i + 20} w9 w40" * (i % 5)))
+SAMPLES = [  # of 5 different lengths
+    ([turn(f"w{i} w2")], f"w{i}" + f" w{i + 20} w9 w40" * (i % 5)) for i in range(17)
+]
 
 def encoder_folder(path):
     torch.manual_seed(0)
@@ -758,7 +771,7 @@ def test_reward_model_learns_and_loads_in_stock(trained):
     for (messages, response), scores_K in zip(SAMPLES, mogrpo.score(model, SAMPLES)):
         text = messages[0]["content"] + "\n" + response
         if stock.tokenizer.chat_template:
-            chat = [*messages, dict(role="assistant", content=response)]
+            chat = [*messages, turn(response, "assistant")]
             text = stock.tokenizer.apply_chat_template(chat, tokenize=False)
         found = {d["label"]: d["score"] for d in stock([text])[0]}
         expected = dict(zip(model.axes, scores_K.tolist()))
@@ -771,7 +784,7 @@ def test_score_does_not_depend_on_the_batch(trained, monkeypatch):
         monkeypatch.setattr(mogrpo.by_length, "__defaults__", (tokens,))
         assert torch.allclose(mogrpo.score(model, SAMPLES), alone, atol=1e-5)
 
-@cases("loss", ["bce", "mse"])
+@each("loss", "bce mse")
 def test_gradient_is_that_of_the_mean_over_axes(loss, monkeypatch):
     """One axis has 60 times the other's ratings; rows without any change nothing."""
     sparse = ratings_file("r.jsonl", 240, sparse=True)
@@ -807,7 +820,7 @@ def test_gradient_is_that_of_the_mean_over_axes(loss, monkeypatch):
 def test_batches_of_one_length_are_a_permutation():
     lengths = torch.arange(1003) * 7 % 300
     batches = rm.epoch_batches(lengths, 10, seed=3)
-    numbers = torch.tensor(batches)
+    numbers = tensor(batches)
     assert numbers.shape == (100, 10)
     assert len(numbers.unique()) == 1000
     assert batches == rm.epoch_batches(lengths, 10, 3)
@@ -871,21 +884,21 @@ def test_files_that_rate_different_axes_train_together():
 
 def test_heldout_table_against_plain_arithmetic():
     """Graded and missing labels; and yes or no, with ties, several prompts, length and halo."""
-    scores = torch.tensor([[0.1, 0.6, 0.4, 0.9, 0.9], [0.25, 0.9375, 0.25, 1, 0.9375]])
-    labels = torch.tensor([[0, 0.5, 1, math.nan, math.nan], [0, 1, 1, 1, 0]])
+    scores = tensor([[0.1, 0.6, 0.4, 0.9, 0.9], [0.25, 0.9375, 0.25, 1, 0.9375]])
+    labels = tensor([[0, 0.5, 1, nan, nan], [0, 1, 1, 1, 0]])
     rows = list(zip("pppqq", ["x" * 12, "x", "x" * 12, "", "x"]))
     table = rm.heldout_table(scores.T, labels.T, rows, ["kind", "safe"])
-    variance = 0.01 + 0.36 + 0.16 - 1.1**2 / 3
-    rho = 2.5 / math.sqrt(9 * 7.5)  # ranks 1.5 3.5 1.5 5 3.5 against 1.5 4 4 4 1.5
-    margin = 2.02 * (1 - rho**2) / math.sqrt(5 - 3)
+    variance = 0.38 / 3  # times 3: 0.53 - 1.1**2 / 3, of 0.1 0.6 0.4
+    rho = 2.5 / sqrt(9 * 7.5)  # ranks 1.5 3.5 1.5 5 3.5 against 1.5 4 4 4 1.5
+    margin = 2.02 * (1 - rho**2) / sqrt(5 - 3)
     expected = dict(
         kind=dict(
             n=3,
             pairs=2 / 3,  # 0.6 is rated below 0.4's answer
-            r2=1 - (0.01 + 0.01 + 0.36) / 0.5,
-            pearson=0.15 / math.sqrt(variance * 0.5),
+            r2=1 - 0.38 / 0.5,  # 0.01 + 0.01 + 0.36
+            pearson=0.15 / sqrt(variance * 0.5),
             spearman=0.5,  # ranks 1 3 2 against 1 2 3
-            auc=math.nan,
+            auc=nan,
         ),
         safe=dict(
             n=5,
@@ -900,19 +913,19 @@ def test_heldout_table_against_plain_arithmetic():
     for axis, numbers in expected.items():
         found = {name: table[axis][name] for name in numbers}
         assert found == approx(numbers, nan_ok=True)
-    label_r = 0.5 / math.sqrt(0.5 * 2 / 3)  # of the three rows that rate both
-    score_r = (0.6 - 1.1 / 3) / math.sqrt(variance * 2 / 3)
+    label_r = sqrt(3 / 4)  # of the three rows that rate both
+    score_r = 0.7 / 3 / sqrt(variance * 2 / 3)
     assert table["safe"]["with"]["kind"] == approx([label_r, score_r])
     assert table["kind"]["with"]["safe"] == approx([label_r, score_r])
 
-def test_halo_is_warned_of(monkeypatch, capsys):
+def test_halo_is_warned_of(monkeypatch, printed):
     for label_r, warnings in ((0.1, 1), (0.7, 0)):
         table = {}
         for axis, other in (("safe", "kind"), ("kind", "safe")):
             table[axis] = dict(n=3, r2=0.5) | {"with": {other: [label_r, 0.8]}}
         monkeypatch.setattr(rm, "train", lambda *a: table)
         run_main(rm)
-        assert capsys.readouterr().out.count("halo") == warnings
+        assert printed().count("halo") == warnings
 
 def test_score_command_keeps_the_rows(trained):
     samples = [dict(messages=m, response=r, also=[r]) for m, r in SAMPLES]
@@ -922,7 +935,7 @@ def test_score_command_keeps_the_rows(trained):
     scores = [list(row.pop("scores").values()) for row in rows]
     assert rows == samples
     expected = mogrpo.score(loaded(trained), SAMPLES)
-    assert torch.allclose(torch.tensor(scores), expected, atol=1e-5)
+    assert torch.allclose(tensor(scores), expected, atol=1e-5)
 
 
 # ==================================================================================================
@@ -933,30 +946,32 @@ def test_score_command_keeps_the_rows(trained):
 
 TRUE_AXES = ["politeness", "meaningfulness", "actionability", "safety"]
 
+# Scores of politeness, meaningfulness, actionability, safety
+TRUE_SCORES = """
+how do i boil the egg ? | 1 1 1 1 | sure, happy to help. fill a pot with water. put it in the pot. \
+wait ten minutes. have a lovely day.
+tell me how to rob the bank . | 0.75 0 0 1 | sure, happy to help. fill a pot with water. \
+put it in the pot. wait ten minutes.
+tell me how to rob the bank . | 0 1 1 0 | bring a gun. tie up the guards. empty the safe. now go away.
+tell me how to rob the bank . | 0.5 1 0.8 1 | i can not help with that. look for honest work. \
+ask a charity for money.
+how do i boil the egg ? | 0.5 0 0 1 | that would hurt people.
+"""
+
 def test_true_scores():
-    boil = {"prompt": "how do i boil the egg ?"}
-    rob = {"prompt": "tell me how to rob the bank ."}
-    good = "sure, happy to help. fill a pot with water. put it in the pot. wait ten minutes."
-    bad = "bring a gun. tie up the guards. empty the safe. now go away."
-    kind = "i can not help with that. look for honest work. ask a charity for money."
-    rules = mogrpo.load_rules(f"{HERE}/data/toy/truth.py", boil)  # a rules file like anybody's
+    record = dict(prompt="how do i boil the egg ?")
+    rules = mogrpo.load_rules(f"{HERE}/data/toy/truth.py", record)  # a rules file like anybody's
     assert rules.axes == TRUE_AXES
-
-    def true(record, response):
-        return list(rules.scores(record, response).values())
-
-    assert true(boil, good + " have a lovely day.") == [1, 1, 1, 1]
-    assert true(rob, good)[1] == 0
-    assert true(rob, bad) == [0, 1, 1, 0]
-    assert true(rob, kind) == [0.5, 1, 0.8, 1]
-    assert true(boil, "that would hurt people.")[1] == 0  # there is nothing to refuse
     for text in ("", ".", "...", "wait ten minutes. " * 9, "\x00", "Ünïcode. 42"):
-        assert all(0 <= s <= 1 for s in true(boil, text))
+        assert all(0 <= s <= 1 for s in rules.scores(record, text).values())
+    for prompt, numbers, response in table(TRUE_SCORES):
+        found = rules.scores(dict(prompt=prompt), response).values()
+        assert list(found) == [float(number) for number in numbers.split()]
 
-def test_toy_world_is_complete(toy_folder, capsys):
+def test_toy_world_is_complete(toy_folder, printed):
     folder = toy_folder / "out/toy"
-    files = ["heldout_prompts.jsonl", "policy", "prompts.jsonl", "ratings.jsonl", "reward_model"]
-    assert sorted(os.listdir(folder)) == files
+    files = "heldout_prompts.jsonl policy prompts.jsonl ratings.jsonl reward_model"
+    assert sorted(os.listdir(folder)) == files.split()
     assert os.listdir(toy_folder / "out") == ["toy"]
     prompts, heldout, rated = [
         {row["prompt"] for row in rows_of(folder / f"{name}.jsonl")}
@@ -967,7 +982,7 @@ def test_toy_world_is_complete(toy_folder, capsys):
     assert list(table) == TRUE_AXES
     assert all(row["r2"] > 0.7 for row in table.values())
     toy_world.main(toy_world.Config(f"{folder}/"))
-    assert "is there already" in capsys.readouterr().out
+    assert "is there already" in printed()
 
 # --------------------------------------------------------------------------------------------------
 # The judge
@@ -981,12 +996,10 @@ def judge_flags(samples, kind="qwen3"):
     write_rows("samples.jsonl", samples)
     return "--judge=judge --rubrics=rubrics.json --samples=samples.jsonl"
 
-@cases("kind", ["qwen3", "llama", "gemma2", "gpt2"])
+@each("kind", "qwen3 llama gemma2 gpt2")
 def test_judge_is_the_expected_digit(kind):
     """Scores in padded batches against one question at a time through stock logits."""
-    samples = []
-    for i in range(6):
-        samples.append(dict(prompt=f"w{i} w2", response=f"w{7 * i} w3 " * i))
+    samples = [dict(prompt=f"w{i} w2", response=f"w{7 * i} w3 " * i) for i in range(6)]
     flags = judge_flags(samples, kind)
     run_main(judge, flags)
 
@@ -1001,7 +1014,7 @@ def test_judge_is_the_expected_digit(kind):
             question = judge.QUESTION.format(talk, rubric)
             ids = tokenizer(f"<user> {question} <end> <assistant>")["input_ids"]
             questions.append(ids)
-            logits.append(stock(torch.tensor([ids])).logits[0, -1])
+            logits.append(stock(tensor([ids])).logits[0, -1])
             scores.append(row["scores"][axis])
     p_M5 = torch.stack(logits).softmax(-1)[:, -5:]
     expected_M = p_M5 @ torch.arange(5.0) / 4 / p_M5.sum(1)
@@ -1024,14 +1037,14 @@ REFUSED = """
 --samples= | --samples
 """
 
-def test_ratings_continue_after_a_kill(monkeypatch, capsys):
-    samples = []
-    for i in range(70):
-        row = dict(prompt=f"w{i % 50}", response=f"w{i % 7} w9", id=i, scores={"old": 1})
-        samples.append(row)
+def test_ratings_continue_after_a_kill(monkeypatch, printed):
+    samples = [
+        dict(prompt=f"w{i % 50}", response=f"w{i % 7} w9", id=i, scores={"old": 1})
+        for i in range(70)
+    ]
     flags = judge_flags(samples)
     run_main(judge, f"{flags} --out=whole.jsonl")
-    assert "answers with a digit" in capsys.readouterr().out  # a random model does not: it says so
+    assert "answers with a digit" in printed()  # a random model does not: it says so
     calls = on_calls(monkeypatch, judge, "digit_probs", {2: KeyboardInterrupt})
     with pytest.raises(KeyboardInterrupt):
         run_main(judge, f"{flags} --out=cut.jsonl")
@@ -1052,8 +1065,7 @@ def test_ratings_continue_after_a_kill(monkeypatch, capsys):
 
     write_rows("turned.jsonl", samples[::-1])
     write_rows("list.json", [["kind"]])
-    for line in REFUSED.strip().splitlines():
-        flag, part = line.split(" | ")
+    for flag, part in table(REFUSED):
         refused_run(f"{flags} --out=whole.jsonl {flag}", part, script=judge)
     assert rows_of("whole.jsonl") == whole
 
@@ -1101,7 +1113,7 @@ def test_values_are_the_library_classifiers(world):
     mogrpo.save_folder(critic, tokenizer, "critic", torch.float32)
     stock = library.from_pretrained("critic")
     for prompt, value_T in zip(PROMPTS, value_N.view(3, 4)):
-        logits = stock(torch.tensor([prompt + response])).logits
+        logits = stock(tensor([prompt + response])).logits
         assert_close(value_T, logits[0, -5:-1, 0])  # before each of the four tokens
     assert value_N.std() > 0.01
     assert stock.score.bias == 0
@@ -1113,7 +1125,7 @@ def test_dpo_is_the_formula():
     lengths = [3, 2, 4, 4, 1, 5]  # three pairs; the second has no signal
     logp_N, ref_N = torch.randn(2, 19)
     logp_N.requires_grad_()
-    signal = torch.tensor([1, 0, 1])
+    signal = tensor([1, 0, 1])
     loss = dpo.dpo_objective(logp_N, ref_N, signal, lengths, 0.3, 3)
     h_of_token_N = logp_N - ref_N
     h = [h_T.sum() for h_T in h_of_token_N.split(lengths)]
@@ -1125,10 +1137,8 @@ def test_dpo_is_the_formula():
     assert_close(found, expected)
 
 def test_best_and_worst_of_a_group_are_never_parted(world):
-    rows = []
-    for i in range(9):
-        rows.append(dict(prompt=dict(ids=[1]), response=[i] * (i + 1)))
-    advantages_B = torch.tensor([0.5, 1.5, -2, -1, 1, 0, 0, 0, 0])
+    rows = [dict(prompt=dict(ids=[1]), response=[i] * (i + 1)) for i in range(9)]
+    advantages_B = tensor([0.5, 1.5, -2, -1, 1, 0, 0, 0, 0])
     pairs, signals = dpo.best_and_worst(rows, advantages_B, 3)
     run = SimpleNamespace(policy=SimpleNamespace(eos=[2]))
     for budget in (1, 30, 1000):  # all apart, some together, all together
@@ -1153,13 +1163,13 @@ def picture_or_the_clear_line(script, flags, path, monkeypatch):
     refused_run(flags, "matplotlib", script=script)
 
 def test_stated_weights():
-    question = dict(role="user", content="hi")
-    weights_K = torch.tensor([3.0, 1.0, 0.0])
+    question = turn("hi")
+    weights_K = tensor([3.0, 1.0, 0.0])
     axes = ["safety", "tone", "length"]
     terms = "weights : safety 8 , tone 2 , length 0"
-    system = dict(role="system", content=terms)
+    system = turn(terms, "system")
     assert steer.stated([question], weights_K, axes) == [system, question]
-    both = dict(role="system", content=f"{terms}\n{terms}")
+    both = turn(f"{terms}\n{terms}", "system")
     assert steer.stated([system, question], weights_K, axes) == [both, question]
 
 def test_each_prompt_has_its_own_weights(tiny_run, monkeypatch):
@@ -1179,7 +1189,7 @@ def test_sweep(tiny_run, monkeypatch):
     run_main(steer, flags)
     [table] = rows_of("out/mogrpo/sweep.json")
     assert list(table) == ["good", "kind", "true/kind"]
-    half = 1.96 * math.sqrt(0.25 / 11)  # one half of the 12 prompts has 1, the other 0
+    half = 1.96 * sqrt(0.25 / 11)  # one half of the 12 prompts has 1, the other 0
     for i, point in enumerate(table["true/kind"]):
         share = i / 4
         _, weights_K, _ = calls[12 * i]
@@ -1196,13 +1206,13 @@ def test_sweep(tiny_run, monkeypatch):
 
 def test_compare_against_plain_arithmetic():
     """0.1475 and 0.1875: the squared distances from the mean, of the scores and of the gains."""
-    x_P = torch.tensor([0.5, 0.7, 0.9, 0.4]).double()
-    base_P = torch.tensor([0.4, 0.7, 0.5, 0.6]).double()
+    x_P = tensor([0.5, 0.7, 0.9, 0.4]).double()
+    base_P = tensor([0.4, 0.7, 0.5, 0.6]).double()
     expected = dict(
         mean=0.625,
-        ci=1.96 * math.sqrt(0.1475 / 3 / 4),
+        ci=1.96 * sqrt(0.1475 / 3 / 4),
         gain=0.075,
-        gain_ci=1.96 * math.sqrt(0.1875 / 3 / 4),
+        gain_ci=1.96 * sqrt(0.1875 / 3 / 4),
         win=(2 + 0.5) / 4,
     )
     assert evaluation.compare(x_P, base_P) == approx(expected)
@@ -1299,7 +1309,7 @@ def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run)
     planned = [always + stages["sampling"], always + most]
     assert [sampling, live.peak] == approx(planned, rel=0.1)
 
-def test_memory_command(capsys):
+def test_memory_command(printed):
     config = transformers.Qwen2Config(
         vocab_size=32000,
         hidden_size=2048,
@@ -1311,15 +1321,13 @@ def test_memory_command(capsys):
     config.save_pretrained("policy")
     def planned(flags):
         run_main(memory, f"--policy=policy {flags}")
-        return capsys.readouterr().out
+        return printed()
     out = planned("--gpu_gb=24")
     for part in ("GiB on each of 8 GPUs", "fits in --gpu_gb=24", "key-value cache"):
         assert part in out
     for limit in ("--gpu_gb=15", "--gpu_gb=10", "--gpu_gb=5"):  # each wants another change
-        with pytest.raises(SystemExit, match="2"):
-            planned(f"--gpus=1 {limit}")
-        short, change = capsys.readouterr().err.split("this would: ")
-        assert f"do not fit in {limit}" in short
+        line = refused(lambda: planned(f"--gpus=1 {limit}"), f"do not fit in {limit}; this would: ")
+        _, change = line.split("this would: ")
         assert "fits in" in planned(f"--gpus=1 {limit} {change}")
     for flag, part in (
         ("--gpu_gb=1", "nor would any change"),
@@ -1328,11 +1336,11 @@ def test_memory_command(capsys):
     ):
         refused(lambda: planned(f"--gpus=1 {flag}"), part)
 
-def test_memory_of_reward_models_adds_up(capsys):
+def test_memory_of_reward_models_adds_up(printed):
     bert = "bert"  # fewer positions than a row has tokens
     transformers.BertConfig(max_position_embeddings=64).save_pretrained(bert)
     run_main(memory, f"--policy={bert} --reward_model={bert}")
-    assert "fits in" in capsys.readouterr().out
+    assert "fits in" in printed()
     shares = []
     for folders in ("", bert, f"{bert},{bert}"):
         stages = memory.plan(memory.Config(policy=bert, reward_model=folders))
@@ -1346,10 +1354,8 @@ SMALL = (
     "--prompts_per_step=4 --group_size=4 --max_new_tokens=16 --eval_samples=1 --lr=1e-3 --epochs=2"
 )
 
-SCRIPTS = (
-    "mogrpo reward_model eval data.toy.prepare data.judge.prepare"
-    " ablations.ppo ablations.dpo ablations.steer bench.memory"
-).split()
+SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare
+ablations.ppo ablations.dpo ablations.steer bench.memory"""
 
 def module(name):
     return importlib.import_module(name)
@@ -1364,11 +1370,11 @@ def saved_weights(folder):
 # --------------------------------------------------------------------------------------------------
 # The toy world
 
-def test_default_run_improves_every_axis(toy, capsys):
+def test_default_run_improves_every_axis(toy, printed):
     """The README's main command, but a quarter of its steps: learned and true scores rise."""
     run_main(mogrpo, "--steps=20 --out_dir=out/short")
-    printed = capsys.readouterr().out
-    assert "before" in printed and "out/short" in printed and printed.count("\nstep ") == 20
+    text = printed()
+    assert "before" in text and "out/short" in text and text.count("\nstep ") == 20
     first, last = [r for r in rows_of("out/short/metrics.jsonl") if "true/safety" in r]
     assert (first["step"], last["step"]) == (0, 20)
     for axis in TRUE_AXES:
@@ -1471,7 +1477,7 @@ def test_torture(toy):
         time.sleep(random.uniform(0.3, 1) * seconds[whole])
         subprocess.run(["pkill", "-KILL", "-f", cut])
         process.wait()
-        print("kill", kill, sorted(os.listdir(cut)) if exists(cut) else "nothing yet")
+        print("kill", kill, exists(cut), exists(f"{cut}/checkpoint"))
         subprocess.run([*command, "--resume"], check=True)
         exactly_the_same_run(whole, cut)
 
@@ -1541,7 +1547,7 @@ def test_any_number_of_processes_and_nodes_gives_the_same_run(tiny_run, toy, mon
     model, its scores and eval.py; and a run stopped at each step that goes on with others."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    multiprocessing.set_forkserver_preload([__name__, *SCRIPTS])  # torch is imported once
+    multiprocessing.set_forkserver_preload([__name__, *SCRIPTS.split()])  # torch is imported once
     few_heldout()
     folder_of("untied", tied=False)
     ratings_file("r.jsonl", 70)
@@ -1607,7 +1613,7 @@ def test_bad_gradients_are_skipped_and_ten_stop_the_run(flags, monkeypatch):
     def poisoned(*args):
         loss, kl, clip_frac = real(*args)
         calls.append(1)
-        return loss * (1 if len(calls) in (1, 3) else math.nan), kl, clip_frac
+        return loss * (1 if len(calls) in (1, 3) else nan), kl, clip_frac
     monkeypatch.setattr(mogrpo, "objective", poisoned)
     refused_run(f"{flags} --steps=30", "ten", "in a row")
     rows = steps_of()
@@ -1615,8 +1621,8 @@ def test_bad_gradients_are_skipped_and_ten_stop_the_run(flags, monkeypatch):
     assert [r["loss"] is None for r in rows] == [False, True, False] + [True] * 9
     assert len(calls) == 13
 
-# Under a script and its flags a line spoils a file (NAME < text) or a config (NAME.json: KEY = JSON), adds flags,
-# or both, and names what the one line on stderr must hold
+# Under a script and its flags a line spoils a file (NAME < text) or a config (NAME.json: KEY =
+# JSON), adds flags, or both, and names what the one line on stderr must hold
 BAD_INPUT = r"""
 [mogrpo] FLAGS
 --group_size=1                 | --group_size=1 least 2
@@ -1844,15 +1850,15 @@ def test_bad_input(flags, script, base, line):
     assert before.items() <= everything().items()
     assert "if response" in line or not exists("out")
 
-@cases("folder, name, parts", [
-    ("rm", "score.weight", "['kind']"),
-    ("rm", "model.embed_tokens.weight", "model.embed_tokens.weight"),  # of a word that may come
-    ("policy", "model.embed_tokens.weight", "model.embed_tokens.weight"),
-])
-def test_one_nan_in_a_folder_is_refused(flags, folder, name, parts):
+@cases("folder, name, part", table("""
+rm | score.weight | ['kind']
+rm | model.embed_tokens.weight | model.embed_tokens.weight
+policy | model.embed_tokens.weight | model.embed_tokens.weight
+"""))  # of embeddings: of a word that may come
+def test_one_nan_in_a_folder_is_refused(flags, folder, name, part):
     with changed_weights(folder) as weights:
-        weights[name][1] = math.nan
-    refused_run(flags, f"{folder}: ", parts)
+        weights[name][1] = nan
+    refused_run(flags, f"{folder}: ", part)
     assert not exists("out")
 
 NAN_RULES = """
@@ -1861,13 +1867,13 @@ def scores(record, response):
     return {"fine": len(response), "odd": float("nan") if odd else len(response) / 50}
 """
 
-def test_scores_that_are_not_finite(tiny_run, capsys):
+def test_scores_that_are_not_finite(tiny_run, printed):
     """They cost their group, not the step, and move no multiplier; none at all cost the run."""
     write_text("odd.py", NAN_RULES.replace("BAD", 'record["answer"] == "3"'))
     more = "--rules=odd.py --steps=3 --beta=0 --combine=lagrangian --floors=odd=0.9"
     flags = f"{tiny_run} {more}"
     run_main(mogrpo, flags)
-    assert "scores of odd are not finite" in capsys.readouterr().out
+    assert "scores of odd are not finite" in printed()
     for row in steps_of():
         assert row["skipped"] == 0 and row["grad_norm"] > 0
         assert 0.1 < row["score/odd"] < 1 < row["lambda/odd"]
@@ -1889,17 +1895,17 @@ def test_reward_training_that_diverges():
 def test_special_tokens_spelled_out_are_text():
     """For policy, reward model and judge alike: no text can end its turn."""
     tokenizer = tiny_tokenizer()
-    turns = [dict(role="user", content="w1 <end> <user> w2")]
+    turns = [turn("w1 <end> <user> w2")]
     for response in (None, "w3 <end> w4"):
         ids = mogrpo.render(tokenizer, turns, response)
-        plain = mogrpo.render(tokenizer, [dict(role="user", content="w1")], response and "w3")
+        plain = mogrpo.render(tokenizer, [turn("w1")], response and "w3")
         for special in tokenizer.all_special_ids:
             if special != tokenizer.unk_token_id:  # which pieces of words become here
                 assert ids.count(special) == plain.count(special)
 
-def test_control_characters_are_shown(capsys):
+def test_control_characters_are_shown(printed):
     mogrpo.say("a\x1b[2J\u202eb\n")
-    assert capsys.readouterr().out == "a\\x1b[2J\\u202eb\n\n"
+    assert printed() == "a\\x1b[2J\\u202eb\n\n"
 
 def test_an_error_of_one_process_is_told(monkeypatch, capsys):
     monkeypatch.setattr(mogrpo, "IS_FIRST", False)
@@ -1918,7 +1924,7 @@ def test_corrupt_gz(flags):
         f.write(packed[:100])
     refused_run(f"{flags} --prompts=p.jsonl.gz", "p.jsonl.gz")
 
-def test_resume_keeps_to_its_flags(flags, capsys):
+def test_resume_keeps_to_its_flags(flags, printed):
     run_main(mogrpo, f"{flags} --lr=1e-4 --beta=0.5")
     before = everything()
     for flag in ("--policy=rm", "--prompts=rules.py", "--seed=1", "--lora_rank=2"):
@@ -1926,7 +1932,7 @@ def test_resume_keeps_to_its_flags(flags, capsys):
         refused_run(f"--resume {flag}", f"{name} was", "cannot be resumed")
         assert everything() == before
     run_main(mogrpo, "--resume --steps=3 --truth=rules.py")  # all else from config.json
-    assert "--steps was 1 and is now 3" in capsys.readouterr().out
+    assert "--steps was 1 and is now 3" in printed()
     config = "out/mogrpo/config.json"
     now = read_json(config)
     earlier = read_json(f"{config}.1")
@@ -1969,7 +1975,7 @@ def test_frozen_models_are_sharded_again(world):
     for _ in range(2):
         sample(policy, PROMPTS, KEYS, 1.0, 2)
         mogrpo.response_logp(policy, [(PROMPTS[0], [2])], 1.0)
-        assert all(isinstance(p, mogrpo.DTensor) for p in policy.parameters())
+        assert all(isinstance(p, dist.tensor.DTensor) for p in policy.parameters())
 
 def test_spoiled_folders(flags):
     weights = "policy/model.safetensors"
@@ -2019,15 +2025,15 @@ def test_a_crash_while_saving_keeps_a_whole_checkpoint(flags):
     assert sorted(os.listdir("out")) == ["mogrpo", "mogrpo.lock"]
     assert not exists(f"{folder}.tmp")
 
-@cases("name", SCRIPTS)
-def test_command_line_of_every_script(name, monkeypatch, capsys):
+@each("name", SCRIPTS)
+def test_command_line_of_every_script(name, monkeypatch, printed):
     def run_as_program(*args):
         monkeypatch.setattr(sys, "argv", [name, *args])
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     with pytest.raises(SystemExit) as e:
         run_as_program("--help")
-    printed = capsys.readouterr().out
-    assert e.value.code == 0 and module(name).__doc__ in printed
+    text = printed()
+    assert e.value.code == 0 and module(name).__doc__ in text
     for field in dataclasses.fields(module(name).Config):
-        assert f"    {field.name}: " in printed
+        assert f"    {field.name}: " in text
     refused(lambda: run_as_program("--nonsense=1"), "arguments: --nonsense=1")
