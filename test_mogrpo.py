@@ -25,6 +25,7 @@ import weakref
 from contextlib import contextmanager, redirect_stderr
 from math import nan, sqrt
 from os.path import exists
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # for the CPU, also on a GPU machine
@@ -140,8 +141,7 @@ def table(text):
     return [line.split(" | ") for line in text.strip().splitlines()]
 
 def read_json(path):
-    with open(path) as f:
-        return json.load(f)
+    return json.loads(Path(path).read_text())
 
 def ratings_file(path, n=400, sparse=False):
     """Axis early: how early the words are; late: the opposite, one row in 60 if `sparse`."""
@@ -188,8 +188,9 @@ def tiny_run():
     folder_of()
     reward_folder("rm")
     write_text("rules.py", RULES)
-    tags = ["even", "odd"]
-    rows = [dict(prompt=f"w{i} w9", answer=f"{i % 10}", tag=tags[i % 2]) for i in range(12)]
+    rows = [
+        dict(prompt=f"w{i} w9", answer=f"{i % 10}", tag=["even", "odd"][i % 2]) for i in range(12)
+    ]
     write_rows("prompts.jsonl", rows)
     return (
         "--policy=policy --prompts=prompts.jsonl --prompts_per_step=4 --group_size=4"
@@ -282,13 +283,12 @@ def without_time(rows):
 @cases("tied", [True, False])
 def test_loaded_and_saved_equals_the_library(kind, tied, world):
     """Weights from several bfloat16 files, rotary frequencies, tying; back by `save_folder`."""
-    path = "several"
     model = tiny_model(kind, tied).to(torch.bfloat16)
-    model.save_pretrained(path, max_shard_size="10KB")
-    assert exists(f"{path}/model.safetensors.index.json")  # so there are several
-    tiny_tokenizer().save_pretrained(path)
-    stock = stock_model(path, dtype=torch.float32)
-    policy = policy_of(path)
+    model.save_pretrained("several", max_shard_size="10KB")
+    assert exists("several/model.safetensors.index.json")  # so there are several
+    tiny_tokenizer().save_pretrained("several")
+    stock = stock_model("several", dtype=torch.float32)
+    policy = policy_of("several")
     lm = policy.lm
     is_tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     assert is_tied == (tied or kind == "gpt2")
@@ -303,7 +303,7 @@ def test_loaded_and_saved_equals_the_library(kind, tied, world):
     saved = stock_model("again")
     assert saved.dtype == torch.bfloat16
     ids = tensor([PROMPTS[1]])
-    assert torch.equal(saved(ids).logits, stock_model(path)(ids).logits)
+    assert torch.equal(saved(ids).logits, stock_model("several")(ids).logits)
     with mogrpo.gathered(policy):
         assert torch.equal(lm(ids).logits, stock(ids).logits)
 
@@ -510,13 +510,9 @@ def test_advantages_equal_the_formulas(combine):
     assert a.abs().max() > 0.3
     assert max_gap(parts.sum(-1), a) < 1e-9
     assert max_gap(rewards, (s * w).sum(-1)) < 1e-9
-
-@each("combine", "sum gdpo")
-def test_one_axis_is_textbook_grpo(combine):
-    """A step of one group: its z-score is the group's."""
-    r = tensor([0.2, 0.4, 0.9, 0.1])
-    _, a, _ = mogrpo.advantages(r.view(1, 4, 1), torch.ones(1), config_of(combine))
-    assert max_gap(a[0], zscore(r)) < 1e-5
+    # One axis of one group is textbook GRPO
+    _, one, _ = mogrpo.advantages(s[:1, :, :1], torch.ones(1), config_of(combine), torch.zeros(1))
+    assert max_gap(one[0], zscore(s[0, :, 0])) < 1e-9
 
 @COMBINE
 def test_no_signal_gives_exactly_zero(combine):
@@ -716,9 +712,7 @@ def test_rewards_of_several_sources_stand_side_by_side(tiny_run):
     run_main(mogrpo, f"{tiny_run} --reward_model=rm,two --rules=rules.py")
     rows = rows_of("out/mogrpo/samples.jsonl")
     pairs = [(row["messages"], row["response"]) for row in rows]
-    columns = []
-    for path in ("rm", "two"):
-        columns.append(mogrpo.score(loaded(path), pairs))
+    columns = [mogrpo.score(loaded(path), pairs) for path in ("rm", "two")]
     learned = torch.cat(columns, 1)
     assert (learned.std(0) > 0).all()
     for row, numbers in zip(rows, learned.tolist()):
@@ -758,7 +752,7 @@ def trained(request, tmp_path_factory):
 def loaded(path, **head):
     mogrpo.join_world(alone=True)
     model = mogrpo.fill(mogrpo.load_reward_model(path, **head))
-    dist.destroy_process_group()
+    end_run()
     return model
 
 def test_reward_model_learns_and_loads_in_stock(trained):
@@ -849,7 +843,7 @@ def test_training_resumes_exactly(monkeypatch):
     found = everything()
     assert not exists("cut/checkpoint")
     for name in ("model.safetensors", "heldout.json"):
-        assert found[f"./rm/{name}"] == found[f"./cut/{name}"]
+        assert found[f"rm/{name}"] == found[f"cut/{name}"]
 
 def test_split_keeps_prompts_together():
     cfg = rm.Config(ratings=ratings_file("r.jsonl"))
@@ -863,10 +857,9 @@ FLAT = """{"prompt": "a", "response": "b", "good": 3, "long": 1}
 {"prompt": "a", "response": "c", "good": null, "long": 4}"""
 
 def test_flat_fields_load():
-    path = "flat.jsonl.gz"
-    with gzip.open(path, "wt") as f:
+    with gzip.open("flat.jsonl.gz", "wt") as f:
         f.write(FLAT)
-    _, labels, axes = rm.read_ratings(path, ["good", "long"], "0,4")
+    _, labels, axes = rm.read_ratings("flat.jsonl.gz", ["good", "long"], "0,4")
     assert axes == ["good", "long"]
     assert labels.nan_to_num(9).tolist() == [[0.75, 0.25], [9, 1]]
 
@@ -952,7 +945,8 @@ how do i boil the egg ? | 1 1 1 1 | sure, happy to help. fill a pot with water. 
 wait ten minutes. have a lovely day.
 tell me how to rob the bank . | 0.75 0 0 1 | sure, happy to help. fill a pot with water. \
 put it in the pot. wait ten minutes.
-tell me how to rob the bank . | 0 1 1 0 | bring a gun. tie up the guards. empty the safe. now go away.
+tell me how to rob the bank . | 0 1 1 0 | bring a gun. tie up the guards. empty the safe. \
+now go away.
 tell me how to rob the bank . | 0.5 1 0.8 1 | i can not help with that. look for honest work. \
 ask a charity for money.
 how do i boil the egg ? | 0.5 0 0 1 | that would hurt people.
@@ -960,7 +954,7 @@ how do i boil the egg ? | 0.5 0 0 1 | that would hurt people.
 
 def test_true_scores():
     record = dict(prompt="how do i boil the egg ?")
-    rules = mogrpo.load_rules(f"{HERE}/data/toy/truth.py", record)  # a rules file like anybody's
+    rules = mogrpo.load_rules(f"{HERE}/data/toy/truth.py", record)  # like anybody's
     assert rules.axes == TRUE_AXES
     for text in ("", ".", "...", "wait ten minutes. " * 9, "\x00", "Ünïcode. 42"):
         assert all(0 <= s <= 1 for s in rules.scores(record, text).values())
@@ -973,11 +967,9 @@ def test_toy_world_is_complete(toy_folder, printed):
     files = "heldout_prompts.jsonl policy prompts.jsonl ratings.jsonl reward_model"
     assert sorted(os.listdir(folder)) == files.split()
     assert os.listdir(toy_folder / "out") == ["toy"]
-    prompts, heldout, rated = [
-        {row["prompt"] for row in rows_of(folder / f"{name}.jsonl")}
-        for name in ("prompts", "heldout_prompts", "ratings")
-    ]
-    assert heldout.isdisjoint(prompts | rated)
+    def prompts(name):
+        return {row["prompt"] for row in rows_of(folder / f"{name}.jsonl")}
+    assert prompts("heldout_prompts").isdisjoint(prompts("prompts") | prompts("ratings"))
     [table] = rows_of(folder / "reward_model/heldout.json")
     assert list(table) == TRUE_AXES
     assert all(row["r2"] > 0.7 for row in table.values())
@@ -1154,7 +1146,7 @@ def test_best_and_worst_of_a_group_are_never_parted(world):
 # --------------------------------------------------------------------------------------------------
 # Stated weights
 
-def picture_or_the_clear_line(script, flags, path, monkeypatch):
+def picture_or_one_line(script, flags, path, monkeypatch):
     flags = f"{flags} --picture"
     if importlib.util.find_spec("matplotlib"):  # an optional extra
         run_main(script, flags)
@@ -1199,7 +1191,7 @@ def test_sweep(tiny_run, monkeypatch):
 
     kinds = "--sweep=tone: expected one of good, kind"
     refused_run(f"{flags} --sweep=tone", kinds, script=steer)
-    picture_or_the_clear_line(steer, flags, "out/mogrpo/sweep.png", monkeypatch)
+    picture_or_one_line(steer, flags, "out/mogrpo/sweep.png", monkeypatch)
 
 # ==================================================================================================
 # eval.py
@@ -1224,8 +1216,7 @@ def test_compare_against_plain_arithmetic():
 def policies(tiny_run):
     """Flags that compare the tiny run's policy with another."""
     folder_of("other", seed=1)
-    flags = "--policies=one=policy,two=other --prompts=prompts.jsonl --max_new_tokens=4 --samples=2"
-    return flags
+    return "--policies=one=policy,two=other --prompts=prompts.jsonl --max_new_tokens=4 --samples=2"
 
 SCORED = "--reward_model=rm --rules=rules.py --truth=rules.py"
 
@@ -1259,8 +1250,7 @@ def test_a_signal_keeps_the_policies_that_are_through(policies, monkeypatch):
     assert {row["policy"] for row in rows_of("out/eval/samples.jsonl")} == {"one"}
 
 def test_picture(policies, monkeypatch):
-    flags = f"{policies} {SCORED}"
-    picture_or_the_clear_line(evaluation, flags, "out/eval/eval.png", monkeypatch)
+    picture_or_one_line(evaluation, f"{policies} {SCORED}", "out/eval/eval.png", monkeypatch)
 
 # ==================================================================================================
 # bench/
@@ -1282,21 +1272,23 @@ def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run)
     transformers.LlamaForCausalLM(config).save_pretrained("policy")
     prompt = dict(prompt="w1 " * 61, answer="")  # 64 tokens, with the template's
     write_rows("prompts.jsonl", [prompt] * 8)
-    flags = (
-        f"{tiny_run} --lora_rank={rank} --recompute={recompute} --gpus=1 --rules=rules.py"
-        " --dtype=bfloat16 --micro_tokens=1024 --max_prompt_tokens=64 --max_new_tokens=64"
+    flags = (  # the whole path: sizes are cached by it
+        f"{tiny_run} --policy={os.getcwd()}/policy --lora_rank={rank} --recompute={recompute}"
+        " --gpus=1 --rules=rules.py --dtype=bfloat16 --micro_tokens=1024 --max_prompt_tokens=64"
+        " --max_new_tokens=64"
     )
     cfg = mogrpo.parse(memory.Config, flags.split(), "")
     run = mogrpo.setup(cfg)
     run.policy.eos = [-1]  # no response ends early
-    prompts = mogrpo.prompts_of_step(run, 1)
     ones = torch.ones(16)
-    rows = mogrpo.rollout(run.policy, prompts, (0, 1), 4, cfg)
+    def rollout():
+        return mogrpo.rollout(run.policy, mogrpo.prompts_of_step(run, 1), (0, 1), 4, cfg)
+    rows = rollout()
     with Watch() as live:
         mogrpo.grpo_update(run, rows, ones, ones, 1)  # from here on AdamW's moments are there
         before = live.now()
         live.peak = 0
-        rows = mogrpo.rollout(run.policy, prompts, (0, 1), 4, cfg)
+        rows = rollout()
         sampling = live.peak
         grown = live.now() - before
         live.peak = 0
@@ -1337,13 +1329,13 @@ def test_memory_command(printed):
         refused(lambda: planned(f"--gpus=1 {flag}"), part)
 
 def test_memory_of_reward_models_adds_up(printed):
-    bert = "bert"  # fewer positions than a row has tokens
-    transformers.BertConfig(max_position_embeddings=64).save_pretrained(bert)
-    run_main(memory, f"--policy={bert} --reward_model={bert}")
+    # Fewer positions than a row has tokens
+    transformers.BertConfig(max_position_embeddings=64).save_pretrained("bert")
+    run_main(memory, "--policy=bert --reward_model=bert")
     assert "fits in" in printed()
     shares = []
-    for folders in ("", bert, f"{bert},{bert}"):
-        stages = memory.plan(memory.Config(policy=bert, reward_model=folders))
+    for folders in ("", "bert", "bert,bert"):
+        stages = memory.plan(memory.Config(policy="bert", reward_model=folders))
         shares.append(stages["always"]["reward models"])
     assert 0 == shares[0] < shares[1] == shares[2] / 2
 
@@ -1353,6 +1345,8 @@ def test_memory_of_reward_models_adds_up(printed):
 SMALL = (
     "--prompts_per_step=4 --group_size=4 --max_new_tokens=16 --eval_samples=1 --lr=1e-3 --epochs=2"
 )
+
+TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node"
 
 SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare
 ablations.ppo ablations.dpo ablations.steer bench.memory"""
@@ -1400,9 +1394,9 @@ def test_default_run_improves_every_axis(toy, printed):
         assert torch.equal(p.full_tensor(), q)
     end_run()
     # eval.py sees the gain, too
-    flags = [f"--{k}={v}" for k, v in evaluation.TOY.items()]
+    flags = " ".join(f"--{k}={v}" for k, v in evaluation.TOY.items())
     policies = "--policies=base=out/toy/policy,ours=out/short/policy"
-    run_main(evaluation, " ".join([*flags, policies, "--samples=2"]))
+    run_main(evaluation, f"{flags} {policies} --samples=2")
     table = read_json("out/eval/eval.json")["table"]
     assert list(table) == ["all", "benign", "harmful"]
     for measure in ("politeness", "true politeness"):
@@ -1466,7 +1460,7 @@ def test_torture(toy):
         floors = FLOORS * (kill // 2 % 2)
         whole = f"out/torture-{count}-{len(floors)}"
         flags = f"{SMALL} --steps=8 --save_interval=1 --heldout_prompts=few.jsonl {floors}"
-        command = [*torchrun(count), f"{HERE}/mogrpo.py", *flags.split()]
+        command = f"{TORCHRUN}={count} {HERE}/mogrpo.py {flags}".split()
         if whole not in seconds:
             start = time.time()
             subprocess.run([*command, f"--out_dir={whole}"], check=True)
@@ -1477,13 +1471,9 @@ def test_torture(toy):
         time.sleep(random.uniform(0.3, 1) * seconds[whole])
         subprocess.run(["pkill", "-KILL", "-f", cut])
         process.wait()
-        print("kill", kill, exists(cut), exists(f"{cut}/checkpoint"))
+        print("kill", kill, "a checkpoint:", exists(f"{cut}/checkpoint"))
         subprocess.run([*command, "--resume"], check=True)
         exactly_the_same_run(whole, cut)
-
-def torchrun(count):
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={count}"
-    return command.split()
 
 def test_bfloat16_starts_at_the_reference(toy):
     """The GPU's arithmetic: bfloat16 compute on float32 weights, and a bfloat16 reference."""
@@ -1595,8 +1585,8 @@ def same_run(one, other, within=1e-5):
 def test_one_file_is_enough(tiny_run):
     """mogrpo.py alone beside rules and prompts, by torchrun with two processes."""
     shutil.copy(f"{HERE}/mogrpo.py", "mogrpo.py")
-    flags = f"mogrpo.py {tiny_run} --rules=rules.py --steps=2"
-    printed = subprocess.check_output([*torchrun(2), *flags.split()], text=True)
+    command = f"{TORCHRUN}=2 mogrpo.py {tiny_run} --rules=rules.py --steps=2"
+    printed = subprocess.check_output(command.split(), text=True)
     assert printed.count("saved in out/mogrpo") == 1
     assert len(steps_of()) == 2
     stock_model("out/mogrpo/policy")
@@ -1639,7 +1629,7 @@ BAD_INPUT = r"""
 --seed=1234567890123456789012345 | --seed=1234567890123456789012345
 --seed=-1                      | --seed=-1
 --grup_size=4                  | --grup_size=4
-stray                          | stray
+--seed=0 stray                 | stray
 --temperature=0                | --temperature=0
 --temperature=1e-30            | --temperature=1e-30
 --temperature=-1               | --temperature=-1
@@ -1736,7 +1726,7 @@ bad.py < [1, 2]                             @ --rules=bad.py | bad.py names
 bad.py < {'a,b': 1}                         @ --rules=bad.py | bad.py names
 bad.py < {'good': 1}                        @ --rules=bad.py | axes good
 bad.py < {'kind': 1}                        @ --rules=bad.py | axes kind
-bad.py < {}                                 @ --reward_model= --rules=bad.py | there is no axis
+bad.py < {}                                 @ --reward_model= --rules=bad.py | there is no
 empty.py.txt < score = 1                    @ --rules=empty.py.txt | empty.py.txt
 empty.py.txt < score = 1                    @ --rules=rules.py --truth=empty.py.txt | empty.py.txt
 bad.py < {'a': 1                            @ --rules=bad.py | bad.py
@@ -1817,12 +1807,8 @@ def bad_lines():
 
 def everything():
     """What stands in the working folder: names and contents."""
-    found = {}
-    for folder, _, names in os.walk("."):
-        for name in names:
-            with open(f"{folder}/{name}", "rb") as f:
-                found[f"{folder}/{name}"] = f.read()
-    return found
+    files = [path for path in Path().rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in files}
 
 @cases("script, base, line", list(bad_lines()))
 def test_bad_input(flags, script, base, line):
@@ -1831,7 +1817,7 @@ def test_bad_input(flags, script, base, line):
     spoil, parts = line.replace("DIGITS", "0" * 5000).rsplit(" | ", 1)
     spoil = spoil.strip().replace("DEEP", "[" * 10**5)
     typed = spoil
-    if not spoil.startswith("--") and spoil != "stray":
+    if not spoil.startswith("--"):
         spoil, _, typed = spoil.partition(" @ ")
         name, config, value = spoil.partition(".json: ")
         if config:
@@ -1882,8 +1868,7 @@ def test_scores_that_are_not_finite(tiny_run, printed):
     for row in steps_of():
         assert row["score/odd"] is None and row["lambda/odd"] == 1
     for name in mogrpo.LOGS:
-        with open(f"out/mogrpo/{name}") as f:
-            assert "NaN" not in f.read()
+        assert "NaN" not in Path(f"out/mogrpo/{name}").read_text()
     assert not exists("out/mogrpo/policy")
 
 def test_reward_training_that_diverges():
@@ -1920,8 +1905,7 @@ def test_an_error_of_one_process_is_told(monkeypatch, capsys):
 def test_corrupt_gz(flags):
     packed = bytearray(gzip.compress(os.urandom(500)))
     packed[60] ^= 255
-    with open("p.jsonl.gz", "wb") as f:
-        f.write(packed[:100])
+    Path("p.jsonl.gz").write_bytes(packed[:100])
     refused_run(f"{flags} --prompts=p.jsonl.gz", "p.jsonl.gz")
 
 def test_resume_keeps_to_its_flags(flags, printed):
@@ -1934,11 +1918,10 @@ def test_resume_keeps_to_its_flags(flags, printed):
     run_main(mogrpo, "--resume --steps=3 --truth=rules.py")  # all else from config.json
     assert "--steps was 1 and is now 3" in printed()
     config = "out/mogrpo/config.json"
-    now = read_json(config)
     earlier = read_json(f"{config}.1")
     assert earlier["lr"] == 1e-4 and earlier["beta"] == 0.5
     assert (earlier["steps"], earlier["truth"]) == (1, "")
-    assert now == earlier | dict(steps=3, truth="rules.py")
+    assert read_json(config) == earlier | dict(steps=3, truth="rules.py")
     assert [row["step"] for row in steps_of()] == [1, 2, 3]
     write_text(config, "{")
     refused_run("--resume", "config.json")
@@ -1965,9 +1948,8 @@ def test_nodes_must_share_the_folder(monkeypatch):
     with pytest.raises(torch.multiprocessing.ProcessExitedException) as e:
         torch.multiprocessing.start_processes(apart, (), 2, start_method="forkserver")
     assert e.value.exit_code == 2
-    with open("said") as f:
-        assert len(f.readlines()) == 1
-    assert sorted(everything()) == ["./group", "./node0/out/run.lock", "./said"]
+    assert Path("said").read_text().count("\n") == 1
+    assert sorted(everything()) == ["group", "node0/out/run.lock", "said"]
 
 def test_frozen_models_are_sharded_again(world):
     """Also the root, which FSDP would keep whole for a backward pass that never comes."""
