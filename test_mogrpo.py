@@ -116,7 +116,7 @@ def folder_of(path="policy", kind="qwen3", tokenizer=None, **kwargs):
     """A saved tiny model; for text not a qwen2: AutoTokenizer would take Qwen2's own words."""
     tiny_model(kind, **kwargs).save_pretrained(path)
     (tokenizer or tiny_tokenizer()).save_pretrained(path)
-    return str(path)
+    return path
 
 def reward_folder(path, axes=("good", "kind")):
     torch.manual_seed(0)
@@ -124,14 +124,12 @@ def reward_folder(path, axes=("good", "kind")):
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
-    return str(path)
 
 def turn(content, role="user"):
     return dict(role=role, content=content)
 
 def write_rows(path, rows):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 def rows_of(path):
     return [record for _, record in mogrpo.read_jsonl(path)]
@@ -154,7 +152,8 @@ def ratings_file(path, n=400, sparse=False):
         response = " ".join(f"w{x}" for x in words)
         scores = dict(early=early, late=late)
         rows.append(dict(prompt=f"w{i % 40} w1", response=response, scores=scores))
-    return write_rows(path, rows)
+    write_rows(path, rows)
+    return path
 
 # --------------------------------------------------------------------------------------------------
 # Runs
@@ -1465,7 +1464,7 @@ def test_torture(toy):
             start = time.time()
             subprocess.run([*command, f"--out_dir={whole}"], check=True)
             seconds[whole] = time.time() - start
-        cut = f"out/cut-{kill}"
+        cut = f"{os.getcwd()}/out/cut-{kill}"  # of this test alone
         command.append(f"--out_dir={cut}")
         process = subprocess.Popen(command)
         time.sleep(random.uniform(0.3, 1) * seconds[whole])
