@@ -1467,10 +1467,12 @@ def test_torture(toy):
         cut = f"{os.getcwd()}/out/cut-{kill}"  # of this test alone
         command.append(f"--out_dir={cut}")
         process = subprocess.Popen(command)
-        time.sleep(random.uniform(0.3, 1) * seconds[whole])
+        while not exists(cut):
+            time.sleep(0.1)
+        time.sleep(random.uniform(0, 0.6) * seconds[whole])
         subprocess.run(["pkill", "-KILL", "-f", cut])
         process.wait()
-        print("kill", kill, "a checkpoint:", exists(f"{cut}/checkpoint"))
+        print("kill", kill, sorted(os.listdir(cut)))
         subprocess.run([*command, "--resume"], check=True)
         exactly_the_same_run(whole, cut)
 
