@@ -56,7 +56,7 @@ Parts: 1 the objective, 2 group sampling, 3 the loop, 4 machinery. On a first re
 """
 import argparse
 import fcntl
-import gzip
+import fileinput
 import hashlib
 import inspect
 import json
@@ -73,7 +73,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -91,7 +90,6 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, set_model_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -161,8 +159,8 @@ class Config:
         one_of("combine", self.combine, ("sum", "gdpo", "lagrangian"))
         one_of("loss_norm", self.loss_norm, ("sequence", "token", "constant"))
         one_of("dtype", self.dtype, DTYPES)
-        axis_numbers("weights", self.weights, 1e6)
-        axis_numbers("floors", self.floors, 1)
+        self.weight_of = axis_numbers("weights", self.weights, 1e6)
+        self.floor_of = axis_numbers("floors", self.floors, 1)
         require((self.combine == "lagrangian") == (self.floors != ""),
                 "--combine=lagrangian and --floors=axis=score go together")
 
@@ -292,11 +290,13 @@ def sample(policy, prompts, u_BT, temperature):
     # 3. Decode, a token a turn for every row at once.
     rows_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
     ended_B = torch.zeros(B, dtype=torch.bool, device=DEVICE)
+    length_B = torch.zeros_like(rows_R)
     for t in range(T):
+        length_B += ~ended_B  # a response has its end token, and nothing after it
         token_R, logp_R = pick(logits_RV, u_BT[rows_R, t])
         tokens_BT[rows_R, t] = token_R
         logp_BT[rows_R, t] = logp_R.double()
-        ended_B[rows_R] |= torch.isin(token_R, end_tokens)  # what comes after is cut off below
+        ended_B[rows_R] |= torch.isin(token_R, end_tokens)
         if t + 1 == T or must_stop():  # the last token needs no successor; nor a step given up
             break
         keep = (~ended_B[rows_R]).nonzero().squeeze(-1)  # a CPU-GPU sync; the library's mask is one
@@ -310,9 +310,7 @@ def sample(policy, prompts, u_BT, temperature):
                            attention_mask=columns[:L + t + 1] >= padding_R1,
                            position_ids=L + t - padding_R1)
 
-    # 4. A response ends with its first end token, or at T.
-    is_end_BT = torch.isin(tokens_BT, end_tokens)
-    length_B = torch.where(is_end_BT.any(1), is_end_BT.int().argmax(1) + 1, T)
+    # 4. What was decoded after an end token, beside longer rows, is cut off.
     lengths = length_B.tolist()
     responses = [tokens[:n] for tokens, n in zip(tokens_BT.tolist(), lengths)]
     return responses, [logp_T[:n] for logp_T, n in zip(logp_BT.cpu(), lengths)]
@@ -346,7 +344,7 @@ def score_responses(rows, reward_models, rules):
         conversations = [(row["prompt"]["messages"], row["text"]) for row in rows]
         with gathered(reward_model):  # one whole model at a time: the policy is sharded again
             columns.append(score(reward_model, conversations))
-    if rules is not None:
+    if rules:
         columns.append(rule_scores(rules, rows))
     return torch.cat(columns, 1)
 
@@ -382,11 +380,11 @@ def grpo_step(run, step):
         all_scores_PGK, run.weights_K, cfg, multipliers(run))
     metrics = group_metrics(all_scores_PGK[sound_P], rewards_PG[sound_P], advantages_PG[sound_P],
                             parts_PGK[sound_P], run.axes, cfg)
-    move_multipliers(run, metrics)  # for the next step
 
     # 4. Update the policy: `grpo_update`, unless a fork has set its own
     own = slice(run.rank, None, run.world)
     metrics |= run.update(run, rows, rewards_PG[own].flatten(), advantages_PG[own].flatten(), step)
+    move_multipliers(run, metrics)  # for the next step; a step given up has moved nothing
 
     # 5. What it took
     return metrics | {"sec/sample": sampled - start, "sec/score": scored - sampled,
@@ -460,10 +458,9 @@ def train(run, one_step):
     state = run.state
     open_out_dir(cfg, run.trained, run.optimizer, state)  # a fresh folder, or the run to resume
     cut_logs(run)
-    saved = state["step"]
     catch_signals()
     try:
-        steps = range(saved + 1, cfg.steps + 1)
+        steps = range(state["step"] + 1, cfg.steps + 1)
         for step in tqdm(steps, "aligning", disable=run.rank > 0 or None, leave=False):
             # Before the step, not after the last one: so a resumed run evaluates there, too
             if step == 1 or cfg.eval_interval and (step - 1) % cfg.eval_interval == 0:
@@ -473,11 +470,9 @@ def train(run, one_step):
             log_step(run, step, metrics)
             if step == cfg.steps or cfg.save_interval and step % cfg.save_interval == 0:
                 save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
-                saved = step
         evaluate(run, cfg.steps)
     except Stopped:  # on all processes at once; what the next step had begun is dropped
-        if state["step"] > saved:
-            save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
+        save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
         say(f"stopped after step {state['step']}, saved in {cfg.out_dir}; --resume goes on there")
         return
     require(state["updates"] > 0, f"nothing was learned, no update succeeded: {state['fault']}")
@@ -554,12 +549,10 @@ def setup(cfg):
     check_support(run.policy)  # a second, before hours
     run.reward_models = load_reward_models(cfg.reward_model, run.dtype, run.mesh)
     run.axes = axes_of(run.reward_models, run.rules)  # K names: the columns of all scores
-    weight_of = axis_numbers("weights", cfg.weights, 1e6)
-    run.floor_of = axis_numbers("floors", cfg.floors, 1)
-    for axis in weight_of | run.floor_of:  # only now are the axes known
+    for axis in cfg.weight_of | cfg.floor_of:  # only now are the axes known
         require(axis in run.axes, f"--weights, --floors: there is no axis {axis}; there are "
                 f"{', '.join(run.axes)}")
-    run.weights_K = torch.tensor([weight_of.get(axis, 1.0) for axis in run.axes])
+    run.weights_K = torch.tensor([cfg.weight_of.get(axis, 1.0) for axis in run.axes])
     require(run.weights_K.sum() > 0, f"--weights={cfg.weights}: all axes weigh 0, or there is none")
 
     # What training changes, and a checkpoint holds: weights, their moments, and `state`.
@@ -569,13 +562,13 @@ def setup(cfg):
     run.optimizer = torch.optim.AdamW([dict(params=trainable, peak_lr=cfg.lr)], betas=(0.9, 0.95),
                                       weight_decay=0.0)
     run.state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, fault="", before={},
-                     log_sizes={}, log_lambda=dict.fromkeys(run.floor_of, 0.0))
+                     log_sizes={}, log_lambda=dict.fromkeys(cfg.floor_of, 0.0))
     return run
 
 def axes_of(reward_models, rules):
     """The K names of the columns of `score_responses`."""
     axes = [axis for reward_model in reward_models for axis in reward_model.axes]
-    if rules is not None:
+    if rules:
         axes += rules.axes
     check_axes(axes, "the rewards")
     return axes
@@ -740,10 +733,7 @@ def sound_groups(run, step, scores_PGK):
             say(f"warning: step {step}: {count} scores of {axis} are not finite: their groups are "
                 "left out")
     sound_P = ~broken_PGK.flatten(1).any(1)
-    scores_PGK[~sound_P] = 0.0
-    if not sound_P.any():
-        scores_PGK[:] = math.nan
-        return ~sound_P
+    scores_PGK[~sound_P] = 0.0 if sound_P.any() else math.nan
     return sound_P
 
 def multipliers(run):
@@ -754,7 +744,7 @@ def multipliers(run):
 def move_multipliers(run, metrics):
     """Dual ascent (2310.12773): a multiplier grows while its axis is below its floor."""
     log_lambda = run.state["log_lambda"]
-    for axis, floor in run.floor_of.items():
+    for axis, floor in run.cfg.floor_of.items():
         moved = log_lambda[axis] + run.cfg.dual_lr * (floor - metrics[f"score/{axis}"])
         if math.isfinite(moved):  # it is not when no group has sound scores
             log_lambda[axis] = max(-5.0, min(5.0, moved))  # lambda from 0.007 to 148
@@ -795,8 +785,8 @@ class Policy(nn.Module):
             self.lm.generation_config = GenerationConfig.from_pretrained(path)
         except OSError:
             pass  # there is none: the library has made one of the config
-        self.adapted = lora_rank > 0
-        if self.adapted:  # read at every forward; off, the policy is its reference
+        self.adapted = True  # read at every forward; off, a policy with LoRA is its reference
+        if lora_rank > 0:
             add_lora(self, lora_rank, lora_alpha)
         # Instruct models name several end tokens, in several places
         eos = self.lm.generation_config.eos_token_id  # a number, a list or nothing
@@ -836,8 +826,7 @@ class Policy(nn.Module):
         chunk = CHUNK_LOGITS // self.lm.config.get_text_config().vocab_size  # positions
         logps = []  # of each chunk
         for h, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
-            logps.append(checkpoint(chunk_logp, h, targets, use_reentrant=False,
-                                    preserve_rng_state=False))
+            logps.append(checkpoint(chunk_logp, h, targets, use_reentrant=False))
         return torch.cat(logps)
 
 def layout(rows):
@@ -867,7 +856,7 @@ def reference_logp(run, batch):
     run.policy.adapted = False  # without its adapter the policy is the reference, bit for bit
     with torch.no_grad():
         logp_N = response_logp(run.reference or run.policy, batch.rows, run.cfg.temperature)
-    run.policy.adapted = run.cfg.lora_rank > 0
+    run.policy.adapted = True
     return logp_N
 
 def add_lora(policy, rank, alpha):
@@ -880,18 +869,17 @@ def add_lora(policy, rank, alpha):
             adapter = nn.functional.linear(inputs[0] @ linear.lora_A.T, linear.lora_B)
             return y + adapter * linear.lora_scale
 
-    inside = set(blocks(policy).modules())
-    linears = {name: m for name, m in policy.lm.named_modules()
-               if isinstance(m, nn.Linear) and m in inside}
-    require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear")
-    for name, linear in linears.items():
-        A = torch.randn(rank, linear.in_features) / (3 * linear.in_features)**0.5
-        B = torch.zeros(linear.out_features, rank)  # so that nothing changes at first
-        policy.lm.whole |= {f"{name}.lora_A": A, f"{name}.lora_B": B}  # for `fill`
-        linear.lora_A = nn.Parameter(A)
-        linear.lora_B = nn.Parameter(B)
-        linear.lora_scale = alpha / rank
-        linear.register_forward_hook(adapt)  # W keeps its name and place
+    inside = {m for m in blocks(policy).modules() if isinstance(m, nn.Linear)}
+    require(inside, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear")
+    for name, linear in policy.lm.named_modules():
+        if linear in inside:
+            A = torch.randn(rank, linear.in_features) / (3 * linear.in_features)**0.5
+            B = torch.zeros(linear.out_features, rank)  # so that nothing changes at first
+            policy.lm.whole |= {f"{name}.lora_A": A, f"{name}.lora_B": B}  # for `fill`
+            linear.lora_A = nn.Parameter(A)
+            linear.lora_B = nn.Parameter(B)
+            linear.lora_scale = alpha / rank
+            linear.register_forward_hook(adapt)  # W keeps its name and place
 
 def save_adapter(policy, path, cfg):
     """Write the adapter alone, in PEFT's format: `PeftModel.from_pretrained(base_model, path)`."""
@@ -930,14 +918,14 @@ def gathered(model):
     (no gradients here): processes may run different numbers of forwards. A sharded model by itself
     would gather every layer for every sampled token."""
     fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]  # root and blocks
-    frozen = not any(p.requires_grad for p in model.parameters())
     for module in fsdp_modules:
         module.unshard()  # one all-gather each: the only collectives of a rollout
         module.set_reshard_after_forward(False, recurse=False)  # or the first forward drops it
     with torch.no_grad():
         yield
     for module in fsdp_modules:
-        module.set_reshard_after_forward(frozen or module is not model, recurse=False)  # as before
+        # As before: see `shard`
+        module.set_reshard_after_forward(model.frozen or module is not model, recurse=False)
         module.reshard()  # frees the copy before the update needs the memory
 
 # --------------------------------------------------------------------------------------------------
@@ -953,7 +941,7 @@ def micro_batches(run, rows, advantages_B):
     ended = [response[-1] in run.policy.eos for _, response in pairs]  # else cut at T
     counts = total(dict(responses=len(rows), tokens=lengths_B.sum(), ended=sum(ended)))
     shares_B = token_shares(lengths_B, counts, cfg)
-    widths = [len(prompt) + len(response) for prompt, response in pairs]  # tokens of a row
+    widths = [len(prompt + response) for prompt, response in pairs]  # tokens of a row
     batches = []  # of this process
     for numbers in by_length(widths, cfg.micro_tokens):
         # The row of each token: what a response has, all its tokens have
@@ -989,10 +977,9 @@ def cut_logs(run):
     """Cut the logs to where the run stands: rows of lost steps go."""
     if IS_FIRST:
         for name in LOGS:
-            path = f"{run.cfg.out_dir}/{name}"
-            with open(path, "a") as f:
+            with open(f"{run.cfg.out_dir}/{name}", "a") as f:
                 kept = run.state["log_sizes"].get(name, 0)
-                f.truncate(min(kept, os.path.getsize(path)))
+                f.truncate(min(kept, f.tell()))  # tell: its size
 
 def write_row(run, name, row):
     """Append a row to a log."""
@@ -1035,16 +1022,15 @@ def log_step(run, step, metrics):
 CUDA = torch.cuda.is_available()
 DTYPES = dict(auto=torch.bfloat16 if CUDA else torch.float32, bfloat16=torch.bfloat16,
               float32=torch.float32, float64=torch.float64)
-DEVICE = torch.device("cpu")
-if CUDA:  # one GPU a process
-    DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+DEVICE = torch.device("cuda" if CUDA else "cpu")  # one GPU a process: see `join_world`
 
 def join_world(dtype="auto", alone=False):
     """Join torchrun's process group, or be a group of one -> rank, world size, compute dtype."""
     if CUDA:
         # Gathered weights and training take turns: without this each leaves holes for the other
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        torch.cuda.set_device(DEVICE)  # or all processes of a node would meet on GPU 0
+        # Or all processes of a node would meet on GPU 0
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # torch 2.13 prefers cuDNN's attention on Hopper: it plans anew for every key length, tens
         # of milliseconds a token, and with a mask its gradients can be NaN (pytorch#196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1097,17 +1083,16 @@ def shard(model, dtype, recompute=False, mesh=None):
     mesh = mesh or device_mesh()
     precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
     wrap = partial(fully_shard, mesh=mesh, mp_policy=precision)
-    trains = any(p.requires_grad for p in model.parameters())  # with LoRA: A and B alone
+    model.frozen = not any(p.requires_grad for p in model.parameters())  # LoRA trains A and B
     for p in model.parameters():
         if not p.requires_grad:  # float32 masters are for weights to which small steps are added
             p.data = p.data.to(dtype)
     for block in blocks(model):
         if recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
-                                    preserve_rng_state=False)  # there is no dropout
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         wrap(block)  # gathered while the block before it runs
     # FSDP keeps a root gathered for its backward; a frozen model has none
-    wrap(model, reshard_after_forward=not trains)
+    wrap(model, reshard_after_forward=model.frozen)
     return fill(model)
 
 def load(auto_class, path, **head):
@@ -1136,10 +1121,7 @@ def load(auto_class, path, **head):
             model.whole = stock.state_dict()
         model.saved_dtype = config.dtype or torch.float32
     except Exception as e:  # somebody else's files fail in any way they like
-        kind = auto_class.__name__[12:]
-        if not os.path.isdir(path):
-            kind = f"such folder, and the hub gave no {kind}"
-        die(f"{path}: no {kind} model could be loaded: {e}")
+        die(f"{path}: no such folder or hub model, or {auto_class.__name__} cannot load it: {e}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids),
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
@@ -1149,21 +1131,20 @@ def fill(model):
     """Give memory and values to what `load` left on the meta device: the first process sends one
     weight after the other, and each keeps its rows."""
     model.to_empty(device=DEVICE)  # of a sharded model this is 1/N
-    for part in [m for m in model.modules() if hasattr(m, "whole")]:  # what `load` has made
-        part.tie_weights()  # a plain module forgets it in to_empty
-        for p in part.parameters():
-            p._is_hf_initialized = True  # so that the next line touches none of them
-        part.apply(part._init_weights)  # rotary frequencies stand in no file: computed again
-        how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(part, part.whole, options=how)  # casts to the dtype of each shard
-        part.whole = {}
+    lm = getattr(model, "lm", model)  # what `load` has made
+    lm.tie_weights()  # a plain module forgets it in to_empty
+    for p in lm.parameters():
+        p._is_hf_initialized = True  # so that the next line touches none of them
+    lm.apply(lm._init_weights)  # rotary frequencies stand in no file: computed again
+    how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(lm, lm.whole, options=how)  # casts to the dtype of each shard
+    lm.whole = {}
     return model
 
 def check_finite(model, where):
     """Refuse weights with NaN or infinity in them; each process looks at its rows."""
     for name, p in model.named_parameters():
-        rows = p.to_local() if isinstance(p, DTensor) else p
-        require(rows.isfinite().all(), f"{where}: {name} has numbers that are not finite")
+        require(p.isfinite().all(), f"{where}: {name} has numbers that are not finite")
 
 def save_folder(model, tokenizer, path, dtype):
     """Write a sharded Hugging Face model as a folder that stock `from_pretrained` loads; every
@@ -1256,8 +1237,7 @@ def load_checkpoint(out_dir, model, optimizer, state):
     """Fill model, optimizer and `state` from a checkpoint of any number of processes."""
     folder = f"{out_dir}/checkpoint"
     try:
-        with open(f"{folder}/state.json") as f:
-            stored = json.load(f)
+        stored = json.load(open(f"{folder}/state.json"))
         assert stored.pop("files") == digests(folder), "its files are not as they were written"
         assert stored.keys() == state.keys(), "its state is that of another program"
         state |= stored
@@ -1293,21 +1273,19 @@ def lock(out_dir):
     """Refuse a folder where another run writes, and one that is not the same folder on all nodes:
     half of every weight would be lost."""
     path = f"{out_dir}.lock"
-    owner = ""
+    owner = f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}"
     if IS_FIRST:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        file = open(path, "a+")
-        file.seek(0)
+        file = open(path, "a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            die(f"{out_dir}: another run writes there: {file.read()}")
+            die(f"{out_dir}: another run writes there: {open(path).read()}")
         HELD.append(file)
-        owner = f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}"
         file.truncate(0)
         file.write(owner)
         file.flush()
-    owner = collect([owner])[0]
+    owner = collect([owner])[0]  # the first's
     deadline = time.time() + SHARED_WITHIN
     while not (seen := os.path.exists(path) and open(path).read() == owner):
         if time.time() > deadline:
@@ -1344,9 +1322,8 @@ def open_out_dir(cfg, model, optimizer, state):
 def read_jsonl(path):
     """Yield (where, record) for each line of a JSONL file, plain or .gz; `where` is file:line."""
     where = path
-    opener = gzip.open if str(path).endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as f:
+        with fileinput.hook_compressed(path, "r", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):  # a line at a time: it may be larger than memory
                 if line.strip():
                     where = f"{path}:{number}"
@@ -1354,7 +1331,7 @@ def read_jsonl(path):
                     json.dumps(record, ensure_ascii=False).encode()  # fails on a lone surrogate
                     require(isinstance(record, dict), f"{where}: expected a JSON object")
                     yield where, record
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
+    except Exception as e:  # files fail in any way they like
         die(f"{where}: unreadable or broken JSON: {e}")
     require(where != path, f"{path}: is empty; expected one JSON object a line")
 
@@ -1365,22 +1342,20 @@ def conversation(where, record):
     messages = record.get("messages", [dict(role="user", content=record.get("prompt"))])
     try:
         messages = [dict(role=m["role"], content=m["content"]) for m in messages]  # nothing else
-        filled = all(m["role"] in ROLES and m["content"].strip() for m in messages)
-        is_sound = filled and messages[-1]["role"] != "assistant"
+        assert all(m["role"] in ROLES and m["content"].strip() for m in messages)
+        assert messages[-1]["role"] != "assistant"
     except Exception:  # anything can stand in a file
-        is_sound = False
-    require(is_sound, f"{where}: its \"prompt\" (or \"messages\" of a role, one of "
-            f"{', '.join(ROLES)}, and content, which end before the assistant's turn) is missing, "
-            "empty or not text")
+        die(f"{where}: its \"prompt\" (or \"messages\" of a role, one of {', '.join(ROLES)}, and "
+            "content, which end before the assistant's turn) is missing, empty or not text")
     return messages
 
 def render(tokenizer, messages, response=None, truncation=False):
     """A prompt ready for its answer, or prompt and response -> token ids, by the chat template.
     Without one (base models, encoders) it is plain text, with the separator token or line breaks
     between its parts."""
-    if response is not None:  # a template closes it with its end token
-        messages = messages + [dict(role="assistant", content=response)]
     asks = response is None  # then what comes next is the answer's turn
+    if not asks:  # a template closes it with its end token
+        messages = messages + [dict(role="assistant", content=response)]
     # A special token spelled out in a text is text: it must not close a turn, or a policy could
     # write its own next question. With a space in it the tokenizer does not know it
     for token in tokenizer.added_tokens_decoder.values():
@@ -1407,8 +1382,9 @@ def render(tokenizer, messages, response=None, truncation=False):
 
 transformers.utils.logging.disable_progress_bar()  # it would bury our lines
 logging.disable(logging.ERROR)  # tracebacks that torch logs of errors which we tell in a line
-# Slices are read by each process alone; no output of an FSDP2-wrapped module is changed in place
-warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped module")
+# Slices are read by each process alone; no output of an FSDP2-wrapped module is changed in place;
+# statistics of too few values are nan
+warnings.filterwarnings("ignore", r"torch.distributed is disabled|FSDP2-wrapped module|(cov|std)\(\)")
 HERE = os.path.dirname(os.path.abspath(__file__))  # beside data/
 RANK = int(os.environ.get("RANK", 0))
 IS_FIRST = RANK == 0  # one process speaks for all
@@ -1422,10 +1398,9 @@ def die(message):
     speaks, and torchrun ends the others while they wait; what one alone finds it tells itself."""
     if not IS_FIRST:
         time.sleep(2)
-        if must_stop():
-            sys.exit(2)
         message = f"on process {RANK}: {message}"
-    print("error:", " ".join(visible(message).split()), file=sys.stderr)  # in one line
+    if IS_FIRST or not must_stop():
+        print("error:", " ".join(visible(message).split()), file=sys.stderr)  # in one line
     sys.exit(2)
 
 def visible(text):
@@ -1466,7 +1441,7 @@ def one_of(flag, value, known):
 def is_number(x):
     """Is x a finite number, or a string that spells one? (True, NaN and Infinity are not.)"""
     spelling = r"\s*[-+]?(\d{1,20}\.?\d*|\.\d+)(e[-+]?\d\d?)?\s*"  # too short for infinity
-    return bool(re.fullmatch(spelling, str(x), re.I))
+    return re.fullmatch(spelling, str(x), re.I)
 
 def say(message):
     """Print once, not once a process, and without tearing a progress bar."""
@@ -1501,28 +1476,27 @@ def parse(config_class, argv, doc, toy={}):
         else:
             parser.add_argument(f"--{field.name}", type=type(field.default))
     given = vars(parser.parse_args(argv))  # only what was typed
-    defaults = {}
     first = fields(config_class)[0].name
+    values = given
     if toy and given.get(first, "toy") == "toy":
-        defaults = toy
         given.pop(first, None)
+        values = toy | given
+    require(values.get("out_dir") != "", "--out_dir: it needs a name")
     if given.get("resume"):  # the flags of the run so far, less what is typed
-        out_dir = (defaults | given).get("out_dir", config_class.out_dir)
-        defaults = defaults | recorded(f"{out_dir}/config.json", config_class, parser, given)
-    require(given.get("out_dir", "default"), "--out_dir: it needs a name")
-    return config_class(**(defaults | given))
+        values = values | recorded(values.get("out_dir", config_class.out_dir), config_class, given)
+    return config_class(**(values | given))
 
-def recorded(path, config_class, parser, given):
+def recorded(out_dir, config_class, given):
     """The flags in a run's config.json; those typed now may differ unless they change what is
     trained or on what."""
+    path = f"{out_dir}/config.json"
     if not os.path.exists(path):
         return {}
     try:
-        with open(path) as f:
-            flags = json.load(f).items()
-    except (OSError, ValueError, RecursionError, AttributeError) as e:
+        before = json.load(open(path))
+        config_class(**before)  # it knows them all
+    except Exception as e:
         die(f"{path}: cannot be read for --resume: {e}")
-    before = vars(parser.parse_args([f"--{name}={value}" for name, value in flags]))
     for name, value in given.items():
         if value != before.get(name, value):
             change = f"--{name} was {before[name]} and is now {value}"
@@ -1543,20 +1517,19 @@ def launch(main, config_class, doc, toy={}):
         # Some value begins with out/toy/, which is not there: a program of its own makes it. To all
         # the rest the toy is folders like any other; other processes wait in `join_world`
         if "'out/toy/" in repr(cfg) and IS_FIRST and not os.path.exists("out/toy"):
-            os.environ["PYTHONPATH"] = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
-            subprocess.run([sys.executable, "-m", "data.toy.prepare"])
+            place = f"--out_dir={os.getcwd()}/out/toy"
+            subprocess.run([sys.executable, "-m", "data.toy.prepare", place], cwd=HERE)
             require(os.path.exists("out/toy"), f"no toy world could be made by {HERE}/data/toy; "
                     "without it give --policy, --prompts, and --reward_model or --rules")
-        try:
-            main(cfg)
-        except Stopped:
-            say("stopped by a signal; what was finished is kept")
-        if dist.is_initialized():
-            dist.barrier()  # nobody leaves while another still needs it
-        sys.stdout.flush()
-        os._exit(0)  # at a normal exit gloo's threads now and then abort a finished process
+        main(cfg)
+    except Stopped:
+        say("stopped by a signal; what was finished is kept")
     except (OSError, SafetensorError, dcp.CheckpointException) as e:
         die(last_line(e))
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another still needs it
+    sys.stdout.flush()
+    os._exit(0)  # at a normal exit gloo's threads now and then abort a finished process
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from mogrpo import (
-    DEVICE, DTYPES, Stopped, axes_of, catch_signals, check_axes, collect, conversation,
+    DEVICE, DTYPES, axes_of, catch_signals, check_axes, collect, conversation, heed_signals,
     is_held_out, is_number, join_world, launch, load_reward_model, load_reward_models, logits_of,
     one_of, open_out_dir, read_jsonl, render, require, save_checkpoint, save_folder, say, score,
     score_responses, shard, stop_asked, to_json, write_text)
@@ -71,7 +71,7 @@ class Config:
         low, _, high = self.scale.partition(",")
         require(is_number(low) and is_number(high) and float(low) < float(high),
                 f"--scale={self.scale}: expected lowest,highest as in 0,4")
-        for name in ("epochs", "batch_size", "lr", "head_lr", "max_tokens", "save_interval"):
+        for name in "epochs batch_size lr head_lr max_tokens save_interval".split():
             require(0 < getattr(self, name) < 1e12,
                     f"--{name}={getattr(self, name)}: must be greater than 0, nor huge")
         one_of("dtype", self.dtype, DTYPES)
@@ -177,12 +177,11 @@ def epoch_batches(lengths_N, size, seed):
 
 def make_optimizer(model, cfg):
     """AdamW on this process's shards: 1/world of the moments. The head has a rate of its own."""
-    trunk = dict(params=[], peak_lr=cfg.lr)
-    head = dict(params=[], peak_lr=cfg.lr * cfg.head_lr)
+    groups = []  # one a weight
     for name, p in model.named_parameters():
-        group = head if name.startswith(("score.", "classifier.")) else trunk
-        group["params"].append(p)
-    return torch.optim.AdamW([trunk, head])
+        times = cfg.head_lr if name.startswith(("score.", "classifier.")) else 1.0
+        groups.append(dict(params=[p], peak_lr=cfg.lr * times))
+    return torch.optim.AdamW(groups)
 
 def keep_the_best(cfg, model, state, rows, labels_NK):
     """Score the held-out rows at the end of an epoch; save the model if none was better."""
@@ -196,12 +195,13 @@ def keep_the_best(cfg, model, state, rows, labels_NK):
     if not state["table"] or r2 > state["r2"]:
         state.update(table=json.loads(to_json(table)), r2=r2)  # None for nan, also when resumed
         save_folder(model, model.tokenizer, f"{cfg.out_dir}.best", torch.float32)
+
 def backward(model, batch, data, cfg, rank, world):
     """Gradient of the loss of a batch (row numbers), of which every process takes its share -> its
     norm; no more than 1 is left of it."""
     # Micro-batches of about 16,384 tokens bound the activations; as many of them on every process
     at_once = max(2, 16384 // data.lengths_N[batch].max().item())  # rows
-    count = math.ceil(math.ceil(len(batch) / world) / at_once)
+    count = math.ceil(len(batch) / world / at_once)
     for numbers in torch.tensor(batch[rank::world]).tensor_split(count):
         logits_BK = logits_of(model, [data.ids[i] for i in numbers])
         target_BK = data.labels_NK[numbers].nan_to_num().to(DEVICE)  # an unrated 0 weighs nothing
@@ -242,12 +242,10 @@ def train(cfg, rank, world, dtype):
         batches = epoch_batches(data.lengths_N, batch_size, cfg.seed * 1000 + epoch)
         for batch in batches[state["updates"] % per_epoch:]:  # a resumed run: those left of it
             step = state["updates"]
-            stopped = stop_asked()
-            if stopped or step % cfg.save_interval == 0:  # at 0, too: a full disk shows at once
+            if stop_asked() or step % cfg.save_interval == 0:  # at 0: a full disk shows at once
                 say(f"step {step} of {steps}")
                 save_checkpoint(cfg.out_dir, model, optimizer, state)
-            if stopped:
-                raise Stopped
+                heed_signals()
             norm = backward(model, batch, data, cfg, rank, world)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * min(1, 10 * (step + 1) / steps, 1 - step / steps)
@@ -273,8 +271,6 @@ def train(cfg, rank, world, dtype):
 
 def correlation(x_N, y_N):
     """Pearson's; nan for fewer than two values."""
-    if len(x_N) < 2:
-        return math.nan
     return torch.corrcoef(torch.stack([x_N, y_N]))[0, 1].item()
 
 def ranks(x_N):
