@@ -1120,6 +1120,7 @@ def load(auto_class, path, **head):
             require(not odd, f"{path}: its files and config.json do not agree on {sorted(odd)[:3]}")
             model.whole = stock.state_dict()
         model.saved_dtype = config.dtype or torch.float32
+        model.config.architectures = [type(model).__name__]  # FSDP will give it another name
     except Exception as e:  # somebody else's files fail in any way they like
         die(f"{path}: no such folder or hub model, or {auto_class.__name__} cannot load it: {e}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -1169,15 +1170,18 @@ def save_folder(model, tokenizer, path, dtype):
         os.makedirs(unfinished)
         save_file(whole, f"{unfinished}/model.safetensors", metadata={"format": "pt"})
         model.config.dtype = dtype
-        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
         model.config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         if model.can_generate():  # a policy, not a reward model; save_pretrained would be strict
             model.generation_config.to_json_file(f"{unfinished}/generation_config.json")
     digests(unfinished)  # on disk, before the name points to it
     if IS_FIRST:
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(unfinished, path)
+        put_in_place(path)
+
+def put_in_place(path):
+    """The folder path.tmp, which is whole, becomes `path`."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(f"{path}.tmp", path)  # atomic on one file system
 
 # --------------------------------------------------------------------------------------------------
 # 4.8 Checkpoints
@@ -1229,8 +1233,7 @@ def find_checkpoint(out_dir):
     a crash checkpoint/ or checkpoint.tmp is whole; if both are, the latter is the newer one."""
     folder = f"{out_dir}/checkpoint"
     if IS_FIRST and os.path.exists(f"{folder}.tmp/state.json"):
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(f"{folder}.tmp", folder)  # atomic on one file system
+        put_in_place(folder)
     return collect([os.path.exists(f"{folder}/state.json")])[0]
 
 def load_checkpoint(out_dir, model, optimizer, state):
@@ -1286,11 +1289,11 @@ def lock(out_dir):
         file.write(owner)
         file.flush()
     owner = collect([owner])[0]  # the first's
-    deadline = time.time() + SHARED_WITHIN
-    while not (seen := os.path.exists(path) and open(path).read() == owner):
-        if time.time() > deadline:
+    for _ in range(600):
+        seen = os.path.exists(path) and open(path).read() == owner
+        if seen:
             break
-        time.sleep(0.1)
+        time.sleep(SHARED_WITHIN / 600)
     if not all(collect([seen])):  # all know it, one tells
         require(not IS_FIRST, f"{path} is not seen by all processes: --out_dir must be a folder "
                 "that all nodes share")
@@ -1384,7 +1387,7 @@ transformers.utils.logging.disable_progress_bar()  # it would bury our lines
 logging.disable(logging.ERROR)  # tracebacks that torch logs of errors which we tell in a line
 # Slices are read by each process alone; no output of an FSDP2-wrapped module is changed in place;
 # statistics of too few values are nan
-warnings.filterwarnings("ignore", r"torch.distributed is disabled|FSDP2-wrapped module|(cov|std)\(\)")
+warnings.filterwarnings("ignore", r"torch.distributed is disabled|FSDP2-wrapped|(cov|std)\(\)")
 HERE = os.path.dirname(os.path.abspath(__file__))  # beside data/
 RANK = int(os.environ.get("RANK", 0))
 IS_FIRST = RANK == 0  # one process speaks for all

@@ -27,7 +27,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from itertools import compress
 from types import SimpleNamespace
 
@@ -37,8 +36,8 @@ from torch import nn
 from mogrpo import (
     DEVICE, DTYPES, axes_of, catch_signals, check_axes, collect, conversation, heed_signals,
     is_held_out, is_number, join_world, launch, load_reward_model, load_reward_models, logits_of,
-    one_of, open_out_dir, read_jsonl, render, require, save_checkpoint, save_folder, say, score,
-    score_responses, shard, stop_asked, to_json, write_text)
+    one_of, open_out_dir, put_in_place, read_jsonl, render, require, save_checkpoint, save_folder,
+    say, score, score_responses, shard, stop_asked, to_json, write_text)
 
 @dataclasses.dataclass
 class Config:
@@ -194,7 +193,7 @@ def keep_the_best(cfg, model, state, rows, labels_NK):
     # Chosen on these rows, so the table flatters the model a little.
     if not state["table"] or r2 > state["r2"]:
         state.update(table=json.loads(to_json(table)), r2=r2)  # None for nan, also when resumed
-        save_folder(model, model.tokenizer, f"{cfg.out_dir}.best", torch.float32)
+        save_folder(model, model.tokenizer, f"{cfg.out_dir}.tmp", torch.float32)
 
 def backward(model, batch, data, cfg, rank, world):
     """Gradient of the loss of a batch (row numbers), of which every process takes its share -> its
@@ -261,9 +260,8 @@ def train(cfg, rank, world, dtype):
             state["updates"] += 1
         keep_the_best(cfg, model, state, held_rows, held_NK)
     if rank == 0:  # the best one takes the place of the checkpoint
-        write_text(f"{cfg.out_dir}.best/heldout.json", to_json(state["table"]))
-        shutil.rmtree(cfg.out_dir)
-        os.rename(f"{cfg.out_dir}.best", cfg.out_dir)
+        write_text(f"{cfg.out_dir}.tmp/heldout.json", to_json(state["table"]))
+        put_in_place(cfg.out_dir)
     return state["table"]
 
 # --------------------------------------------------------------------------------------------------
@@ -339,7 +337,7 @@ def heldout_table(scores, labels, rows, axes):
 
 def show(table):
     """Print the table's numbers, and a warning where one impression colours two axes."""
-    names = [name for name in next(iter(table.values())) if name not in ("n", "with")]
+    names = list(next(iter(table.values())))[1:-1]  # all between "n" and "with"
     say(f"\n{'held out':<15}{'n':>9}" + "".join(f"{name:>9}" for name in names))
     for axis, row in table.items():
         line = f"{axis:<15}{row['n']:>9}"
