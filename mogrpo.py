@@ -1520,8 +1520,8 @@ def launch(main, config_class, doc, toy={}):
         # Some value begins with out/toy/, which is not there: a program of its own makes it. To all
         # the rest the toy is folders like any other; other processes wait in `join_world`
         if "'out/toy/" in repr(cfg) and IS_FIRST and not os.path.exists("out/toy"):
-            place = f"--out_dir={os.getcwd()}/out/toy"
-            subprocess.run([sys.executable, "-m", "data.toy.prepare", place], cwd=HERE)
+            os.environ["PYTHONPATH"] = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
+            subprocess.run([sys.executable, "-m", "data.toy.prepare"])
             require(os.path.exists("out/toy"), f"no toy world could be made by {HERE}/data/toy; "
                     "without it give --policy, --prompts, and --reward_model or --rules")
         main(cfg)
