@@ -9,7 +9,8 @@ compares within the group only: what is better than its siblings becomes likelie
     A_i   = (R_i - mean_G R) / max(std_G R, std_floor)    advantage: the group is its own baseline
     rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)     per token; pi_old: before this update
     c     = min(pi_old / pi_sampler, 2)                   one policy, two roundings: corrected
-    d     = log pi_ref - log pi,  k3 = exp(d) - d - 1     KL to the reference, never negative
+    d     = min(log pi_ref - log pi, 3)                   bounded: see `objective`
+    k3    = exp(d) - d - 1                                KL to the reference, never negative
     gain  = min(rho A_i c, clip(rho, 1 - clip_low, 1 + clip_high) A_i c)
     loss  = - sum over all tokens of share (gain - beta k3)      share: see `token_shares`
     pi   <- AdamW step down the loss                      then sample again
@@ -826,7 +827,8 @@ class Policy(nn.Module):
         chunk = CHUNK_LOGITS // self.lm.config.get_text_config().vocab_size  # positions
         logps = []  # of each chunk
         for h, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
-            logps.append(checkpoint(chunk_logp, h, targets, use_reentrant=False))
+            logps.append(checkpoint(chunk_logp, h, targets, use_reentrant=False,
+                                    preserve_rng_state=False))  # there is no dropout
         return torch.cat(logps)
 
 def layout(rows):
@@ -1089,7 +1091,8 @@ def shard(model, dtype, recompute=False, mesh=None):
             p.data = p.data.to(dtype)
     for block in blocks(model):
         if recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                    preserve_rng_state=False)
         wrap(block)  # gathered while the block before it runs
     # FSDP keeps a root gathered for its backward; a frozen model has none
     wrap(model, reshard_after_forward=model.frozen)
@@ -1288,6 +1291,7 @@ def lock(out_dir):
         file.truncate(0)
         file.write(owner)
         file.flush()
+        os.fsync(file.fileno())
     owner = collect([owner])[0]  # the first's
     for _ in range(600):
         seen = os.path.exists(path) and open(path).read() == owner

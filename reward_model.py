@@ -176,11 +176,12 @@ def epoch_batches(lengths_N, size, seed):
 
 def make_optimizer(model, cfg):
     """AdamW on this process's shards: 1/world of the moments. The head has a rate of its own."""
-    groups = []  # one a weight
+    trunk = dict(params=[], peak_lr=cfg.lr)
+    head = dict(params=[], peak_lr=cfg.lr * cfg.head_lr)
     for name, p in model.named_parameters():
-        times = cfg.head_lr if name.startswith(("score.", "classifier.")) else 1.0
-        groups.append(dict(params=[p], peak_lr=cfg.lr * times))
-    return torch.optim.AdamW(groups)
+        group = head if name.startswith(("score.", "classifier.")) else trunk
+        group["params"].append(p)
+    return torch.optim.AdamW([trunk, head])
 
 def keep_the_best(cfg, model, state, rows, labels_NK):
     """Score the held-out rows at the end of an epoch; save the model if none was better."""
@@ -189,10 +190,11 @@ def keep_the_best(cfg, model, state, rows, labels_NK):
     r2_K = torch.tensor([row["r2"] for row in table.values()])
     # An axis whose labels are all the same has none
     r2 = r2_K[r2_K.isfinite()].mean().nan_to_num(-1e9).item()
-    say(f"after {state['updates']} steps, held-out r2: {r2:.3f}")
+    say(f"after {state['step']} steps, held-out r2: {r2:.3f}")
     # Chosen on these rows, so the table flatters the model a little.
     if not state["table"] or r2 > state["r2"]:
         state.update(table=json.loads(to_json(table)), r2=r2)  # None for nan, also when resumed
+        # out_dir itself holds the checkpoint until the end
         save_folder(model, model.tokenizer, f"{cfg.out_dir}.tmp", torch.float32)
 
 def backward(model, batch, data, cfg, rank, world):
@@ -233,14 +235,14 @@ def train(cfg, rank, world, dtype):
     require(batch_size >= world, f"--batch_size={batch_size}: fewer rows than processes")
     per_epoch = len(rows) // batch_size
     steps = cfg.epochs * per_epoch
-    # Batches are functions of (seed, epoch): the count of updates says where a run stood.
-    state = dict(updates=0, skipped_in_a_row=0, table={}, r2=-1e9)  # table: the best so far
+    # Batches are functions of (seed, epoch): the count of steps says where a run stood.
+    state = dict(step=0, updates=0, skipped_in_a_row=0, table={}, r2=-1e9)  # table: the best one's
     open_out_dir(cfg, model, optimizer, state)
     catch_signals()
-    for epoch in range(state["updates"] // per_epoch, cfg.epochs):
+    for epoch in range(state["step"] // per_epoch, cfg.epochs):
         batches = epoch_batches(data.lengths_N, batch_size, cfg.seed * 1000 + epoch)
-        for batch in batches[state["updates"] % per_epoch:]:  # a resumed run: those left of it
-            step = state["updates"]
+        for batch in batches[state["step"] % per_epoch:]:  # a resumed run: those left of it
+            step = state["step"]
             if stop_asked() or step % cfg.save_interval == 0:  # at 0: a full disk shows at once
                 say(f"step {step} of {steps}")
                 save_checkpoint(cfg.out_dir, model, optimizer, state)
@@ -251,13 +253,14 @@ def train(cfg, rank, world, dtype):
             state["skipped_in_a_row"] += 1
             if math.isfinite(norm):
                 optimizer.step()
+                state["updates"] += 1
                 state["skipped_in_a_row"] = 0
             else:
                 say(f"warning: step {step}: the loss or its gradient is not finite: skipped")
             require(state["skipped_in_a_row"] < 10, "ten steps in a row were skipped: the loss or "
                     "its gradient is not finite; try a smaller --lr")
             optimizer.zero_grad()
-            state["updates"] += 1
+            state["step"] += 1
         keep_the_best(cfg, model, state, held_rows, held_NK)
     if rank == 0:  # the best one takes the place of the checkpoint
         write_text(f"{cfg.out_dir}.tmp/heldout.json", to_json(state["table"]))
