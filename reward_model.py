@@ -197,11 +197,13 @@ def keep_the_best(cfg, model, state, rows, labels_NK):
         # out_dir itself holds the checkpoint until the end
         save_folder(model, model.tokenizer, f"{cfg.out_dir}.tmp", torch.float32)
 
+MICRO_TOKENS = 16384  # padded tokens of one forward and backward: bounds activation memory
+
 def backward(model, batch, data, cfg, rank, world):
     """Gradient of the loss of a batch (row numbers), of which every process takes its share -> its
     norm; no more than 1 is left of it."""
-    # Micro-batches of about 16,384 tokens bound the activations; as many of them on every process
-    at_once = max(2, 16384 // data.lengths_N[batch].max().item())  # rows
+    # As many micro-batches on every process
+    at_once = max(2, MICRO_TOKENS // data.lengths_N[batch].max().item())  # rows
     count = math.ceil(len(batch) / world / at_once)
     for numbers in torch.tensor(batch[rank::world]).tensor_split(count):
         logits_BK = logits_of(model, [data.ids[i] for i in numbers])

@@ -792,6 +792,7 @@ def test_gradient_is_that_of_the_mean_over_axes(loss, monkeypatch):
         return real(parameters, limit)
     real = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
+    monkeypatch.setattr(rm, "MICRO_TOKENS", 400)  # several micro-batches
     train_rm(f"--heldout_ratings={sparse} --loss={loss} --epochs=1 --batch_size=240")
 
     torch.manual_seed(0)
@@ -1525,6 +1526,7 @@ def work(rank, count, node, name):
     dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
     mogrpo.RANK = rank
     mogrpo.IS_FIRST = rank == 0
+    rm.MICRO_TOKENS = 60 // count  # other micro-batches of ratings
     for line in MANY_RUNS.replace("NAME", name).strip().splitlines():
         script, _, flags = line.partition(" ")
         if "--resume" in flags and rank == 0 and name != "2x2":  # of one process only
