@@ -317,6 +317,10 @@ def test_other_names_and_missing_weights(world):
     with changed_weights(holes) as weights:
         weights.pop("model.layers.1.mlp.up_proj.weight")
     refused(lambda: mogrpo.Policy(holes), "holes", "layers.1.mlp.up_proj.weight")
+    deep = folder_of("deep", "llama")
+    config = read_json("deep/config.json") | dict(num_hidden_layers=1)
+    write_rows("deep/config.json", [config])
+    refused(lambda: mogrpo.Policy(deep), "deep", "layers.1.")  # in the files only
 
 @contextmanager
 def changed_weights(folder):
@@ -1704,6 +1708,7 @@ prompts.jsonl < {"prompt": 1DIGITS} | prompts.jsonl:1
 broken.jsonl.gz < no gzip @ --prompts=broken.jsonl.gz | broken.jsonl.gz
 policy/config.json: hidden_size = 64        | policy: embed_tokens.weight
 policy/config.json: num_hidden_layers = 3   | policy: num_hidden_layers
+policy/config.json: max_position_embeddings = 9 | prompts.jsonl:1 9 positions
 policy/config.json: vocab_size = 50         | policy: embed_tokens.weight
 policy/config.json: model_type = "zebra"    | policy: zebra
 policy/generation_config.json: eos_token_id = 99       | policy: end-of-text
