@@ -529,8 +529,8 @@ def setup(cfg):
     run = SimpleNamespace(cfg=cfg)
     run.rank, run.world, run.dtype = join_world(cfg.dtype)
     run.mesh = device_mesh(cfg.hsdp)
-    torch.manual_seed(cfg.seed)  # LoRA's A starts the same on every process
-    policy = Policy(cfg.policy, cfg.lora_rank, cfg.lora_alpha)  # its weights are read by `shard`
+    torch.manual_seed(cfg.seed)  # a LoRA adapter starts at random
+    policy = Policy(cfg.policy, cfg.lora_rank, cfg.lora_alpha)  # `shard` will read its weights
 
     run.prompts, run.heldout = split_prompts(cfg, policy)  # what is cheap to check comes first
     require(len(run.prompts) >= cfg.prompts_per_step >= run.world, f"{cfg.prompts}: there must be "
@@ -877,7 +877,7 @@ def add_lora(policy, rank, alpha):
         if linear in inside:
             A = torch.randn(rank, linear.in_features) / (3 * linear.in_features)**0.5
             B = torch.zeros(linear.out_features, rank)  # so that nothing changes at first
-            policy.lm.whole |= {f"{name}.lora_A": A, f"{name}.lora_B": B}  # for `fill`
+            policy.lm.added |= {f"{name}.lora_A": A, f"{name}.lora_B": B}  # for `fill`
             linear.lora_A = nn.Parameter(A)
             linear.lora_B = nn.Parameter(B)
             linear.lora_scale = alpha / rank
@@ -1099,50 +1099,57 @@ def shard(model, dtype, recompute=False, mesh=None):
     return fill(model)
 
 def load(auto_class, path, **head):
-    """An `auto_class` model of a folder or hub id and its tokenizer. The library reads it, on the
-    first process, whole and in the host's memory; everywhere the model is on the meta device until
-    `shard` or `fill` gives each process its rows. Only safetensors: a pickle can run code. `head`:
-    config values of a fresh head. A tokenizer without a pad token pads with its end token, which is
-    safe: padding is told by position everywhere."""
+    """An `auto_class` model of a folder or hub id, on the meta device until `shard` or `fill` reads
+    its weights, and its tokenizer. `head`: config values of a fresh head. A tokenizer without a pad
+    token pads with its end token, which is safe: padding is told by position everywhere."""
     safe = dict(trust_remote_code=False)  # unset, the library would stop and ask
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         config = AutoConfig.from_pretrained(path, **safe, **head)
         with torch.device("meta"):  # no memory, no random numbers: a second for 14B
             model = auto_class.from_config(config, **safe).float()
-        model.whole = {}  # weights by name, on the first process
-        if IS_FIRST:
-            stock, info = auto_class.from_pretrained(
-                path, dtype="auto", use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **safe, **head)
-            odd = [str(key) for key in info["missing_keys"] | info["mismatched_keys"]]
-            if head:  # it may be new
-                odd = [key for key in odd if not re.match(r"\W*(score|classifier)\.", key)]
-            # In the files, but of a layer that the config does not have
-            odd += [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
-            require(not odd, f"{path}: its files and config.json do not agree on {sorted(odd)[:3]}")
-            model.whole = stock.state_dict()
-        model.saved_dtype = config.dtype or torch.float32
-        model.config.architectures = [type(model).__name__]  # FSDP will give it another name
     except Exception as e:  # somebody else's files fail in any way they like
-        die(f"{path}: no such folder or hub model, or {auto_class.__name__} cannot load it: {e}")
+        die(f"{path}: no such folder or hub model, or none that {auto_class.__name__} knows: {e}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids),
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
+    model.config.architectures = [type(model).__name__]  # FSDP will give it another name
+    model.saved_dtype = config.dtype or torch.float32
+    model.read = partial(read_weights, auto_class, path, head)
+    model.added = {}  # weights that are in no file
     return model, tokenizer
 
+def read_weights(auto_class, path, head):
+    """{name: weight} of a folder or hub id, read by the library, whole and into the host's memory.
+    Only safetensors: a pickle can run code."""
+    try:
+        model, info = auto_class.from_pretrained(
+            path, dtype="auto", use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=False, **head)
+    except Exception as e:  # somebody else's files fail in any way they like
+        die(f"{path}: its weights cannot be loaded: {e}")
+    odd = [str(key) for key in info["missing_keys"] | info["mismatched_keys"]]
+    if head:  # it may be new
+        odd = [key for key in odd if not re.match(r"\W*(score|classifier)\.", key)]
+    # In the files, but of a layer that the config does not have
+    odd += [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
+    require(not odd, f"{path}: its files and config.json do not agree on {sorted(odd)[:3]}")
+    return model.state_dict()
+
 def fill(model):
-    """Give memory and values to what `load` left on the meta device: the first process sends one
-    weight after the other, and each keeps its rows."""
+    """Read the weights of a model on the meta device: the first process reads them all and sends
+    one after the other, and each process keeps its rows."""
     model.to_empty(device=DEVICE)  # of a sharded model this is 1/N
     lm = getattr(model, "lm", model)  # what `load` has made
     lm.tie_weights()  # a plain module forgets it in to_empty
     for p in lm.parameters():
         p._is_hf_initialized = True  # so that the next line touches none of them
     lm.apply(lm._init_weights)  # rotary frequencies stand in no file: computed again
+    whole = {}
+    if IS_FIRST:
+        whole = lm.read() | lm.added
     how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(lm, lm.whole, options=how)  # casts to the dtype of each shard
-    lm.whole = {}
+    set_model_state_dict(lm, whole, options=how)  # casts to the dtype of each shard
     return model
 
 def check_finite(model, where):
@@ -1389,8 +1396,8 @@ def render(tokenizer, messages, response=None, truncation=False):
 
 transformers.utils.logging.disable_progress_bar()  # it would bury our lines
 logging.disable(logging.ERROR)  # tracebacks that torch logs of errors which we tell in a line
-# Slices are read by each process alone; no output of an FSDP2-wrapped module is changed in place;
-# statistics of too few values are nan
+# A checkpoint's rows are read by each process alone; no output of an FSDP2-wrapped module is
+# changed in place; statistics of too few values are nan
 warnings.filterwarnings("ignore", r"torch.distributed is disabled|FSDP2-wrapped|(cov|std)\(\)")
 HERE = os.path.dirname(os.path.abspath(__file__))  # beside data/
 RANK = int(os.environ.get("RANK", 0))

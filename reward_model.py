@@ -222,7 +222,7 @@ def train(cfg, rank, world, dtype):
     """Fit a reward model to `cfg.ratings` and save it in `cfg.out_dir` -> its held-out table.
     Every process calls it, with what `join_world` gave it."""
     rows, labels_NK, held_rows, held_NK, axes = train_and_heldout(cfg)
-    torch.manual_seed(cfg.seed)  # every process draws the same head, and keeps its shard
+    torch.manual_seed(cfg.seed)  # the head starts at random
     head = dict(
         id2label=dict(enumerate(axes)),
         label2id=dict(zip(axes, range(len(axes)))),

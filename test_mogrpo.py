@@ -316,11 +316,11 @@ def test_other_names_and_missing_weights(world):
     holes = folder_of("holes")
     with changed_weights(holes) as weights:
         weights.pop("model.layers.1.mlp.up_proj.weight")
-    refused(lambda: mogrpo.Policy(holes), "holes", "layers.1.mlp.up_proj.weight")
+    refused(lambda: mogrpo.fill(mogrpo.Policy(holes)), "holes", "layers.1.mlp.up_proj.weight")
     deep = folder_of("deep", "llama")
     config = read_json("deep/config.json") | dict(num_hidden_layers=1)
     write_rows("deep/config.json", [config])
-    refused(lambda: mogrpo.Policy(deep), "deep", "layers.1.")  # in the files only
+    refused(lambda: mogrpo.fill(mogrpo.Policy(deep)), "deep", "layers.1.")  # in the files only
 
 @contextmanager
 def changed_weights(folder):
@@ -1677,7 +1677,7 @@ BAD_INPUT = r"""
 --policy=nowhere               | nowhere such folder
 --policy=                      | such folder
 --reward_model=nowhere         | nowhere such folder
---reward_model=policy          | policy: score.weight
+--reward_model=policy          | policy: id2label
 --reward_model=rm,rm           | axes good kind
 --reward_model=                | --rules
 --reward_model=rm,             | such folder
@@ -1958,6 +1958,11 @@ def test_nodes_must_share_the_folder(monkeypatch):
     assert e.value.exit_code == 2
     assert Path("said").read_text().count("\n") == 1
     assert sorted(everything()) == ["group", "node0/out/run.lock", "said"]
+
+def test_prompts_are_read_before_any_weight(flags, monkeypatch):
+    monkeypatch.setattr(mogrpo, "fill", None)
+    mogrpo.write_text("prompts.jsonl", "{")
+    refused_run(flags, "prompts.jsonl:1")
 
 def test_frozen_models_are_sharded_again(world):
     """Also the root, which FSDP would keep whole for a backward pass that never comes."""
