@@ -1474,7 +1474,7 @@ def test_torture(toy):
         process = subprocess.Popen(command)
         while not exists(cut):
             time.sleep(0.1)
-        time.sleep(random.uniform(0, 0.6) * seconds[whole])
+        time.sleep(random.uniform(0, 0.35) * seconds[whole])
         subprocess.run(["pkill", "-KILL", "-f", cut])
         process.wait()
         print("kill", kill, sorted(os.listdir(cut)))
