@@ -353,7 +353,7 @@ def score_responses(rows, reward_models, rules):
 # 3. The loop
 #
 # What is handed around: `run`, a namespace made by `setup`: cfg, rank, world (number of processes),
-# dtype, policy, reference (or None), reward_models, rules and truth (or None), axes (K names),
+# dtype, mesh, policy, reference (or None), reward_models, rules, truth (or None), axes (K names),
 # weights_K, prompts, heldout, optimizer, state; and update (grpo_update) and trained (what a
 # checkpoint holds), which a fork may set. A prompt is a dict: record (its line of the file),
 # messages, tag, ids, index. A row, one response, is a dict: prompt, response, text, sampler_logp.
@@ -926,7 +926,7 @@ def gathered(model):
     with torch.no_grad():
         yield
     for module in fsdp_modules:
-        # As before: see `shard`
+        # As `shard` has left them
         module.set_reshard_after_forward(model.frozen or module is not model, recurse=False)
         module.reshard()  # frees the copy before the update needs the memory
 
@@ -1418,7 +1418,7 @@ def die(message):
     sys.exit(2)
 
 def visible(text):
-    """Text for a terminal: control characters, which could rewrite what stands there, as escapes"""
+    """Text for a terminal: control characters, which could rewrite what stands there, escaped."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 STOPS = []  # signals that have come
