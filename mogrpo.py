@@ -94,7 +94,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import AutoConfig, DynamicCache, GenerationConfig
+from transformers import AttentionInterface, AutoConfig, DynamicCache, GenerationConfig
 
 @dataclass
 class Config:
@@ -130,7 +130,8 @@ class Config:
     epochs: int = 1               # optimizer steps on each rollout; above 1 the clipping matters
     grad_clip: float = 1.0        # largest gradient norm
     micro_tokens: int = 16384     # tokens of one forward and backward; bounds activation memory
-    recompute: bool = True        # keep blocks' inputs only, rerun them in backward: 1/3 more work
+    recompute: str = "auto"       # keep blocks' inputs only, rerun them in backward, 1/3 more work:
+                                  # True | False | auto: if they would keep a quarter of the memory
     lora_rank: int = 0            # train adapters of this rank instead; they want 5 to 20 times lr
     lora_alpha: float = 32.0      # adapters are scaled by alpha / rank
     dtype: str = "auto"           # compute: bfloat16 | float32 | float64; auto: bfloat16 on GPU
@@ -160,6 +161,7 @@ class Config:
         one_of("combine", self.combine, ("sum", "gdpo", "lagrangian"))
         one_of("loss_norm", self.loss_norm, ("sequence", "token", "constant"))
         one_of("dtype", self.dtype, DTYPES)
+        one_of("recompute", self.recompute, ("auto", "True", "False"))
         self.weight_of = axis_numbers("weights", self.weights, 1e6)
         self.floor_of = axis_numbers("floors", self.floors, 1)
         require((self.combine == "lagrangian") == (self.floors != ""),
@@ -252,12 +254,12 @@ def uniforms(keys, n):
 
 def pick(logits_RV, u_R):
     """Next tokens and their log-probs: the inverse CDF of softmax(logits) at u."""
-    logp_RV = logits_RV.log_softmax(-1)
-    cdf_RV = logp_RV.exp().cumsum(-1, dtype=torch.float64)  # float32 loses rare tokens of 150,000
+    p_RV = logits_RV.softmax(-1, dtype=wide(logits_RV.dtype))
+    cdf_RV = p_RV.cumsum(-1, dtype=torch.float64)  # float32 would lose rare tokens of 150,000
     target_R1 = (u_R * cdf_RV[:, -1])[:, None]
-    token_R = torch.searchsorted(cdf_RV, target_R1, right=True).squeeze(-1)
-    token_R = token_R.clamp(max=logits_RV.shape[-1] - 1)  # u x sum may round up to the sum
-    return token_R, logp_RV.gather(-1, token_R[:, None]).squeeze(-1)
+    token_R1 = torch.searchsorted(cdf_RV, target_R1, right=True)
+    token_R1 = token_R1.clamp(max=p_RV.shape[-1] - 1)  # u x sum may round up to the sum
+    return token_R1.squeeze(-1), p_RV.gather(-1, token_R1).log().squeeze(-1)
 
 @torch.no_grad()
 def sample(policy, prompts, u_BT, temperature):
@@ -267,52 +269,55 @@ def sample(policy, prompts, u_BT, temperature):
     inside, so processes may stop at different lengths."""
     B, T = u_BT.shape
     G = B // len(prompts)
-    L = max(map(len, prompts))
     u_BT = u_BT.to(DEVICE)
     end_tokens = torch.tensor(policy.eos, device=DEVICE)
-    tokens_BT = torch.zeros(B, T, dtype=torch.long, device=DEVICE)
+    tokens_BT = torch.full((B, T), -1, device=DEVICE)  # -1: not sampled
     logp_BT = torch.zeros(B, T, dtype=torch.float64, device=DEVICE)
+    row_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
+    t_1 = torch.zeros(1, dtype=torch.long, device=DEVICE)  # a tensor, which a CUDA graph can move
 
-    # 1. Prefill: each prompt once, padded on the left, so that all responses begin in one column.
-    ids_PL = torch.tensor([[0] * (L - len(p)) + p for p in prompts], device=DEVICE)
-    padding_P1 = torch.tensor([[L - len(p)] for p in prompts], device=DEVICE)
-    columns = torch.arange(L + T, device=DEVICE)  # a mask goes by column: id 0 may be a real token
-    positions_PL = (columns[:L] - padding_P1).clamp(min=0)  # a prompt's first token is at 0
-    cache = DynamicCache(config=policy.lm.config)  # by concatenation: a full copy for each token
-    # Called without targets, the policy gives the logits of the next token only
-    logits_PV = policy(ids_PL, temperature, attention_mask=columns[:L] >= padding_P1,
-                       position_ids=positions_PL, past_key_values=cache)
+    # 1. Prefill: each prompt once, all of them end to end. Then each of a group's G rows gets its
+    # prompt's keys and values.
+    inputs, last_P, _ = layout([(list(prompt), [0]) for prompt in prompts])
+    flat = DynamicCache()
+    logits_PV = policy(temperature=temperature, predictors_N=last_P, past_key_values=flat, **inputs)
+    cache = Cache(flat, inputs["segments"][0].key_BS, G, T)
+    prompt_length_B = torch.tensor([len(p) for p in prompts], device=DEVICE).repeat_interleave(G)
 
-    # 2. Hand the prompt's cache to the G rows of its group: G times less prefill than row by row.
-    cache.batch_repeat_interleave(G)
-    logits_RV = logits_PV.repeat_interleave(G, 0)
-    padding_B1 = padding_P1.repeat_interleave(G, 0)
+    def choose(logits_RV):
+        token_R, logp_R = pick(logits_RV, u_BT[row_R, t_1])
+        tokens_BT[row_R, t_1] = token_R
+        logp_BT[row_R, t_1] = logp_R.double()
 
-    # 3. Decode, a token a turn for every row at once.
-    rows_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
-    ended_B = torch.zeros(B, dtype=torch.bool, device=DEVICE)
-    length_B = torch.zeros_like(rows_R)
-    for t in range(T):
-        length_B += ~ended_B  # a response has its end token, and nothing after it
-        token_R, logp_R = pick(logits_RV, u_BT[rows_R, t])
-        tokens_BT[rows_R, t] = token_R
-        logp_BT[rows_R, t] = logp_R.double()
-        ended_B[rows_R] |= torch.isin(token_R, end_tokens)
-        if t + 1 == T or must_stop():  # the last token needs no successor; nor a step given up
-            break
-        keep = (~ended_B[rows_R]).nonzero().squeeze(-1)  # a CPU-GPU sync; the library's mask is one
+    def decode():
+        """One more token for every row. Shapes and addresses stay, nothing waits for the GPU."""
+        token_R1 = tokens_BT[row_R, t_1][:, None]
+        position_R1 = (prompt_length_B[row_R] + t_1)[:, None]
+        logits_RV = policy(token_R1, temperature, past_key_values=cache, position_ids=position_R1,
+                           attention_mask=cache.open(position_R1, width))
+        t_1.add_(1)
+        choose(logits_RV)
+
+    # 2. Decode, a token a turn for every row at once.
+    choose(logits_PV.repeat_interleave(G, 0))
+    t = 1
+    while t < T and not must_stop():
+        # Which have not ended? One look a room: it waits for the GPU
+        keep = (~torch.isin(tokens_BT[row_R], end_tokens).any(1)).nonzero().squeeze(1)
         if len(keep) == 0:
             break
-        if 2 * len(keep) <= len(rows_R):  # half or more have ended: go on without them
-            cache.batch_select_indices(keep)  # copies what is kept, at most log2(B) times
-            rows_R = rows_R[keep]
-        padding_R1 = padding_B1[rows_R]
-        logits_RV = policy(tokens_BT[rows_R, t:t + 1], temperature, past_key_values=cache,
-                           attention_mask=columns[:L + t + 1] >= padding_R1,
-                           position_ids=L + t - padding_R1)
+        if len(keep) < len(row_R):
+            cache.keep(keep)
+            row_R = row_R[keep]
+        steps = min(ROOM, T - t)
+        width = max(map(len, prompts)) + t + steps - 1  # columns that are looked at in this room
+        repeat(decode, steps)
+        t += steps
 
-    # 4. What was decoded after an end token, beside longer rows, is cut off.
-    lengths = length_B.tolist()
+    # 3. What was decoded after an end token, beside longer rows, is cut off.
+    ends_BT = torch.isin(tokens_BT, end_tokens)
+    sampled_BT = (tokens_BT >= 0) & (ends_BT.cumsum(1) - ends_BT.long() == 0)
+    lengths = sampled_BT.sum(1).tolist()
     responses = [tokens[:n] for tokens, n in zip(tokens_BT.tolist(), lengths)]
     return responses, [logp_T[:n] for logp_T, n in zip(logp_BT.cpu(), lengths)]
 
@@ -542,7 +547,8 @@ def setup(cfg):
 
     # The policy in training, and its frozen start as reference. With LoRA the reference is the
     # policy without its adapter: no memory of its own. With beta = 0 there is none.
-    run.policy = shard(policy, run.dtype, cfg.recompute, run.mesh)
+    recompute = must_recompute(cfg.recompute, policy.lm, cfg.micro_tokens, run.dtype)
+    run.policy = shard(policy, run.dtype, recompute, run.mesh)
     run.reference = None
     if cfg.beta > 0 and cfg.lora_rank == 0:
         run.reference = shard(Policy(cfg.policy).requires_grad_(False), run.dtype, mesh=run.mesh)
@@ -561,7 +567,7 @@ def setup(cfg):
     run.trained = run.policy  # what a checkpoint holds; a fork may train more
     trainable = [p for p in run.policy.parameters() if p.requires_grad]
     run.optimizer = torch.optim.AdamW([dict(params=trainable, peak_lr=cfg.lr)], betas=(0.9, 0.95),
-                                      weight_decay=0.0)
+                                      weight_decay=0.0, fused=True)
     run.state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, fault="", before={},
                      log_sizes={}, log_lambda=dict.fromkeys(cfg.floor_of, 0.0))
     return run
@@ -774,7 +780,7 @@ def group_metrics(scores_PGK, rewards_PG, advantages_PG, parts_PGK, axes, cfg):
 # --------------------------------------------------------------------------------------------------
 # 4.3 The policy: log-probs, LoRA
 
-CHUNK_LOGITS = 2**26  # logits that exist at a time when responses are scored: 256 MB in float32
+CHUNK_LOGITS = 2**27  # logits that exist at a time when responses are scored: 512 MB in float32
 
 class Policy(nn.Module):
     """A causal LM with two ways through one forward: FSDP gathers weights for that alone."""
@@ -786,6 +792,8 @@ class Policy(nn.Module):
             self.lm.generation_config = GenerationConfig.from_pretrained(path)
         except OSError:
             pass  # there is none: the library has made one of the config
+        self.stock_attention = self.lm.config._attn_implementation  # ours is `attend`
+        self.lm.set_attn_implementation("mogrpo")
         self.adapted = True  # read at every forward; off, a policy with LoRA is its reference
         if lora_rank > 0:
             add_lora(self, lora_rank, lora_alpha)
@@ -802,54 +810,137 @@ class Policy(nn.Module):
         self.scale /= getattr(config, "logits_scaling", None) or 1   # Granite
 
     def logits(self, hidden, temperature):
-        """hidden [..., D] -> logits [..., V] / temperature, in float32 or better."""
+        """hidden [N, D] -> logits [N, V] / temperature."""
         logits = self.lm.get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.cap:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits * (self.scale / temperature)
+            logits = torch.tanh(logits.to(wide(logits.dtype)) / self.cap) * self.cap
+        if self.scale != temperature:
+            logits = logits.to(wide(logits.dtype)) * (self.scale / temperature)
+        return logits
 
-    def forward(self, input_ids, temperature, targets_N=None, positions_N=None, **cache):
+    def forward(self, input_ids, temperature, predictors_N=None, targets_N=None, **inputs):
         """Decode: logits_RV of the next token. Score, with targets: logp_N of N target tokens,
-        which the hidden states at the flat indices `positions_N` predict. The N x V logits never
-        exist: they are made a chunk at a time, and again in the backward pass. At V = 150,000 those
-        of 16,384 positions would be 10 GB; the price is the head's matmul once more."""
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=bool(cache),
-                                    **cache).last_hidden_state
+        which the hidden states of the tokens `predictors_N` predict. The N x V logits never exist:
+        they are made a chunk at a time, and again in the backward pass. At V = 150,000 those of
+        16,384 positions would be 10 GB; the price is the head's matmul once more."""
+        hidden_ND = self.lm.base_model(
+            input_ids=input_ids, use_cache="past_key_values" in inputs,
+            **inputs).last_hidden_state.flatten(0, 1)
+        if predictors_N is not None:
+            hidden_ND = hidden_ND[predictors_N]
         if targets_N is None:
-            return self.logits(hidden[:, -1], temperature)
+            return self.logits(hidden_ND, temperature)
 
         def chunk_logp(hidden_ND, targets_N):
             logits_NV = self.logits(hidden_ND, temperature)
+            logits_NV = logits_NV.to(wide(logits_NV.dtype))
             return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
 
-        hidden_ND = hidden.flatten(0, 1)[positions_N]  # of the tokens before the targets
-        chunk = CHUNK_LOGITS // self.lm.config.get_text_config().vocab_size  # positions
-        logps = []  # of each chunk
-        for h, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
-            logps.append(checkpoint(chunk_logp, h, targets, use_reentrant=False,
-                                    preserve_rng_state=False))  # there is no dropout
-        return torch.cat(logps)
+        # Positions: enough that the product, not reading the head, takes the time
+        chunk = max(128, CHUNK_LOGITS // self.lm.config.get_text_config().vocab_size // 128 * 128)
+        if len(targets_N) > chunk:
+            chunk_logp = recomputed(chunk_logp)
+        pairs = zip(hidden_ND.split(chunk), targets_N.split(chunk))
+        return torch.cat([chunk_logp(*pair) for pair in pairs])
 
 def layout(rows):
-    """(prompt_ids, response_ids) pairs -> input_ids_BS, positions_N, targets_N. Rows are padded on
-    the right: under causal attention what comes last is seen by nothing before it, so no mask is
-    needed and the flash kernel is used. The end token is a target like any other."""
-    # Any number pads: no target is after a row's end, and none before it looks there
-    tokens = [torch.tensor(prompt + response) for prompt, response in rows]
-    input_ids_BS = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(DEVICE)
-    positions = []
-    for b, (prompt, response) in enumerate(rows):
-        # The last prompt token predicts the first of the response
-        first = b * input_ids_BS.shape[1] + len(prompt) - 1
-        positions += range(first, first + len(response))
-    positions_N = torch.tensor(positions, device=DEVICE)
-    return input_ids_BS, positions_N, input_ids_BS.flatten()[positions_N + 1]
+    """(prompt_ids, response_ids) pairs -> the policy's inputs, predictors_N, targets_N. All tokens
+    stand end to end in one row of M, without padding, and a prompt that neighbours share stands
+    there once: P + G R tokens instead of G (P + R). `attend` knows by the segments who sees whom.
+    The end token is a target like any other; what comes last is never read, so it is not there."""
+    ids = [0]  # token 0 is padding
+    positions = [0]
+    prompts = []  # the numbers 1..M of the tokens of each prompt,
+    answers = []  # of each response,
+    contexts = []  # of all that a response's last token sees
+    predictors = []
+    targets = []
+    previous = None
+    for prompt, response in rows:
+        if prompt is not previous:
+            shared = range(len(ids), len(ids) + len(prompt))
+            prompts.append(shared)
+            ids += prompt
+            positions += range(len(prompt))
+            previous = prompt
+        own = range(len(ids), len(ids) + len(response) - 1)
+        answers.append(own)
+        contexts.append([*shared, *own])
+        ids += response[:-1]
+        positions += range(len(prompt), len(prompt) + len(own))
+        predictors += [shared[-1], *own]  # the last prompt token predicts the first of the response
+        targets += response
+    segments = [segment(prompts, prompts, positions)]
+    if any(answers):
+        segments.append(segment(answers, contexts, positions))
+    inputs = dict(input_ids=torch.tensor([ids], device=DEVICE),
+                  position_ids=torch.tensor([positions], device=DEVICE), segments=segments)
+    return inputs, torch.tensor(predictors, device=DEVICE), torch.tensor(targets, device=DEVICE)
+
+HIDDEN = -1e9  # added to a product before the softmax, it leaves exactly 0
+
+def segment(queries, keys, positions):
+    """Lists of token numbers -> which tokens look (BT), at which (BS; in the order of positions),
+    and the mask that is added to their products."""
+    def padded(rows):
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+    query_BT = padded(queries)
+    key_BS = padded(keys)
+    position_BT1 = torch.tensor(positions)[query_BT][..., None]
+    hidden_BTS = torch.arange(key_BS.shape[1]) > position_BT1
+    return SimpleNamespace(query_BT=query_BT.to(DEVICE), key_BS=key_BS.to(DEVICE), repeated={},
+                           mask_B1TS=HIDDEN * hidden_BTS[:, None].to(DEVICE))
+
+def attend(module, query, key, value, attention_mask, segments=(), **options):
+    """The attention of the policy's layers, in place of the library's. Decode: R rows and a mask.
+    With segments: one row of M tokens, [1, heads, M, d], which is cut into the rows of each segment
+    and put together again."""
+    if not segments:
+        assert attention_mask is not None, "inputs of the policy are made by `layout`"
+        return attention(query, key, value, attention_mask, **options), None
+    together = query.shape[1] // key.shape[1]
+    query, key, value = [x[0].transpose(0, 1) for x in (query, key, value)]  # [M, heads, d]
+    mixed = query.new_zeros(*query.shape[:2], value.shape[-1])
+    for s in segments:
+        if together not in s.repeated:  # once for all layers
+            s.repeated[together] = s.mask_B1TS.to(query.dtype).repeat(1, 1, together, 1)
+        rows = cut(query, s.query_BT), cut(key, s.key_BS), cut(value, s.key_BS)
+        mixed_BThd = attention(*rows, s.repeated[together], **options)
+        mixed.index_copy_(0, s.query_BT.flatten(), mixed_BThd.flatten(0, 1))
+    return mixed[None], None
+
+def cut(x, numbers_BT):
+    """[M, heads, d] -> [B, heads, T, d]"""
+    return x.index_select(0, numbers_BT.flatten()).unflatten(0, numbers_BT.shape).transpose(1, 2)
+
+def attention(query, key, value, mask, scaling=None, softcap=None, sliding_window=None, **_):
+    """[B, heads, T, d] -> [B, T, heads, d]. Query heads that share a key's are taken as one head of
+    more queries, so that no key is copied; the mask is already repeated for them."""
+    B, heads, T, d = query.shape
+    S = key.shape[2]
+    together = heads // key.shape[1]
+    if sliding_window and sliding_window < S:
+        seen = (mask == 0).sum(-1, keepdim=True)
+        mask = mask.masked_fill(torch.arange(S, device=DEVICE) < seen - sliding_window, HIDDEN)
+    query = query.reshape(B, -1, together * T, d)
+    if softcap or T == 1:
+        scale = scaling or d**-0.5
+        products = query @ key.transpose(2, 3)
+        if softcap:  # Gemma 2
+            products = torch.tanh(products * (scale / softcap)) * (softcap / scale)
+        mixed = torch.add(mask, products, alpha=scale).softmax(-1) @ value
+    else:
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return mixed.reshape(B, heads, T, -1).transpose(1, 2)
+
+AttentionInterface.register("mogrpo", attend)
 
 def response_logp(policy, rows, temperature):
     """Log-probs of all response tokens of (prompt_ids, response_ids) pairs -> logp_N."""
-    input_ids, positions_N, targets_N = layout(rows)
-    return policy(input_ids, temperature, targets_N, positions_N)
+    inputs, predictors_N, targets_N = layout(rows)
+    return policy(temperature=temperature, predictors_N=predictors_N, targets_N=targets_N, **inputs)
 
 def reference_logp(run, batch):
     """log pi_ref of a micro-batch -> ref_logp_N. With beta = 0 it does not matter: pi_old's do."""
@@ -905,7 +996,9 @@ def check_support(policy):
         with gathered(policy):
             responses, logps = sample(policy, prompts, torch.full((2, 6), 0.5), 1.0)
             ids = torch.tensor([prompts[1] + responses[1]], device=DEVICE)
+            policy.lm.set_attn_implementation(policy.stock_attention)
             stock = policy.lm(input_ids=ids, labels=ids).loss.item()  # of all but the first token
+            policy.lm.set_attn_implementation("mogrpo")
         gap = abs(stock + logps[1].mean().item())
         assert gap < 0.02, f"its log-probs are off by {gap:.3g}"
     except Exception as e:  # models of others fail in any way they like
@@ -923,12 +1016,80 @@ def gathered(model):
     for module in fsdp_modules:
         module.unshard()  # one all-gather each: the only collectives of a rollout
         module.set_reshard_after_forward(False, recurse=False)  # or the first forward drops it
+    # FSDP's work around every forward is done, and takes as long as a small block: out of the way
+    hooks = []
+    for module in fsdp_modules:
+        hooks.append((module._forward_pre_hooks, module._forward_hooks))
+        module._forward_pre_hooks = {}
+        module._forward_hooks = {}
     with torch.no_grad():
         yield
-    for module in fsdp_modules:
+    for module, (before, after) in zip(fsdp_modules, hooks):
+        module._forward_pre_hooks = before
+        module._forward_hooks = after
         # As `shard` has left them
         module.set_reshard_after_forward(model.frozen or module is not model, recurse=False)
         module.reshard()  # frees the copy before the update needs the memory
+
+class Cache:
+    """Keys and values of the rows that are decoded, for the library's attention layers. A token's
+    column is its position. All columns are there from the beginning, written in place and read up
+    to `width`, so that no address changes while tokens are decoded."""
+    def __init__(self, prompts, token_PL, group_size, new_tokens):
+        """`prompts`: the library's cache of all prompts end to end; each of a group's rows gets
+        those of its prompt."""
+        self.layers = []  # of each [keys, values], [R, heads, columns, d]
+        for layer in prompts.layers:
+            pair = []
+            for x in (layer.keys, layer.values):
+                x = cut(x[0].transpose(0, 1), token_PL).repeat_interleave(group_size, 0)
+                pair.append(nn.functional.pad(x, (0, 0, 0, new_tokens)))
+            self.layers.append(pair)
+
+    def open(self, position_R1, width):
+        """The next tokens come to these columns -> the mask of what they see."""
+        self.position = position_R1[:, :, None, None]
+        self.width = width
+        hidden_RS = torch.arange(width, device=DEVICE) > position_R1
+        return HIDDEN * hidden_RS[:, None, None].to(self.layers[0][0].dtype)
+
+    def update(self, key, value, layer, *_, **__):
+        """What a layer calls: its new keys and values -> all that there are."""
+        for x, new in zip(self.layers[layer], (key, value)):
+            x.scatter_(2, self.position.expand_as(new), new)
+        return [x[:, :, :self.width] for x in self.layers[layer]]
+
+    def keep(self, rows):
+        """Go on with these rows only."""
+        for layer, pair in enumerate(self.layers):
+            self.layers[layer] = [x[rows] for x in pair]  # a layer at a time
+
+def repeat(step, n):
+    """Call `step` n times, or less when the run must stop. On a GPU the second call is recorded and
+    then replayed: to launch its two thousand kernels one by one takes longer than to run them."""
+    graph = None
+    for i in range(n):
+        if must_stop():
+            break
+        if i == 1 and USE_GRAPHS:
+            graph = recorded_graph(step)
+        if graph:
+            graph.replay()
+        else:
+            step()
+
+def recorded_graph(step):
+    """The kernels of `step`, not yet run, as a CUDA graph; None where that cannot be."""
+    global USE_GRAPHS
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # thread_local: NCCL's watchdog, a thread of its own, may ask the GPU something meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+        return graph
+    except RuntimeError as e:
+        USE_GRAPHS = False
+        say(f"sampling goes on without CUDA graphs, slower: {last_line(e)}")
 
 # --------------------------------------------------------------------------------------------------
 # 4.5 The update: micro-batches
@@ -943,7 +1104,10 @@ def micro_batches(run, rows, advantages_B):
     ended = [response[-1] in run.policy.eos for _, response in pairs]  # else cut at T
     counts = total(dict(responses=len(rows), tokens=lengths_B.sum(), ended=sum(ended)))
     shares_B = token_shares(lengths_B, counts, cfg)
-    widths = [len(prompt + response) for prompt, response in pairs]  # tokens of a row
+    widths = []  # of each row the tokens of its group's longest: groups stay together
+    for first in range(0, len(pairs), cfg.group_size):
+        group = pairs[first:first + cfg.group_size]
+        widths += len(group) * [max(len(prompt + response) for prompt, response in group)]
     batches = []  # of this process
     for numbers in by_length(widths, cfg.micro_tokens):
         # The row of each token: what a response has, all its tokens have
@@ -1024,7 +1188,10 @@ def log_step(run, step, metrics):
 CUDA = torch.cuda.is_available()
 DTYPES = dict(auto=torch.bfloat16 if CUDA else torch.float32, bfloat16=torch.bfloat16,
               float32=torch.float32, float64=torch.float64)
+wide = partial(torch.promote_types, torch.float32)  # float32, or float64 where all is
 DEVICE = torch.device("cuda" if CUDA else "cpu")  # one GPU a process: see `join_world`
+USE_GRAPHS = CUDA
+ROOM = 64 if CUDA else 4  # tokens decoded between two looks at which rows have ended
 
 def join_world(dtype="auto", alone=False):
     """Join torchrun's process group, or be a group of one -> rank, world size, compute dtype."""
@@ -1083,7 +1250,7 @@ def shard(model, dtype, recompute=False, mesh=None):
     gradients cross the network.
     recompute: keep a block's input only and run the block again in the backward pass."""
     mesh = mesh or device_mesh()
-    precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+    precision = MixedPrecisionPolicy(dtype, reduce_dtype=wide(dtype))
     wrap = partial(fully_shard, mesh=mesh, mp_policy=precision)
     model.frozen = not any(p.requires_grad for p in model.parameters())  # LoRA trains A and B
     for p in model.parameters():
@@ -1091,12 +1258,31 @@ def shard(model, dtype, recompute=False, mesh=None):
             p.data = p.data.to(dtype)
     for block in blocks(model):
         if recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
-                                    preserve_rng_state=False)
+            block.forward = recomputed(block.forward)
         wrap(block)  # gathered while the block before it runs
     # FSDP keeps a root gathered for its backward; a frozen model has none
     wrap(model, reshard_after_forward=model.frozen)
     return fill(model)
+
+def must_recompute(choice, model, tokens, dtype, memory=None):
+    """--recompute. auto: would what the blocks keep of `tokens` tokens for their backward pass, about
+    what goes into their matrices and comes out of them, take a quarter of the memory (in bytes;
+    none: of this GPU or this host)?"""
+    if CUDA and not memory:
+        memory = torch.cuda.mem_get_info()[1]
+    if not memory:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    weights = sum(p.numel() for p in blocks(model).parameters())
+    kept = 2 * weights / model.config.get_text_config().hidden_size * tokens * dtype.itemsize
+    return choice == "True" or choice == "auto" and kept > memory / 4
+
+def recomputed(forward):
+    """`forward`, run again in the backward pass."""
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **kwargs, use_reentrant=False, preserve_rng_state=False)
+    return run
 
 def load(auto_class, path, **head):
     """An `auto_class` model of a folder or hub id, on the meta device until `shard` or `fill` reads
@@ -1203,7 +1389,7 @@ def trained_tensors(model, optimizer):
     for name, p in model.named_parameters():
         if p.requires_grad:  # with LoRA the base is not in it
             moments = optimizer.state[p]
-            moments.setdefault("step", torch.tensor(0.0))
+            moments.setdefault("step", torch.tensor(0.0, device=DEVICE))
             named[name] = p.detach()
             for kind in ("exp_avg", "exp_avg_sq"):
                 named[f"{name}.{kind}"] = moments.setdefault(kind, torch.zeros_like(p))
@@ -1520,8 +1706,8 @@ def recorded(out_dir, config_class, given):
 
 TOY = dict(policy="out/toy/policy", reward_model="out/toy/reward_model",
            prompts="out/toy/prompts.jsonl", heldout_prompts="out/toy/heldout_prompts.jsonl",
-           truth=f"{HERE}/data/toy/truth.py", prompts_per_step=16, max_new_tokens=48, steps=80,
-           lr=8e-4, beta=0.08, recompute=False)  # defaults while --policy=toy
+           truth=f"{HERE}/data/toy/truth.py", prompts_per_step=8, max_new_tokens=48, steps=80,
+           lr=8e-4, beta=0.08)  # defaults while --policy=toy
 
 def launch(main, config_class, doc, toy={}):
     """What every script does when it is run: flags, the toy world if it is asked for, `main(cfg)`.

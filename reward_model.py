@@ -36,8 +36,9 @@ from torch import nn
 from mogrpo import (
     DEVICE, DTYPES, axes_of, catch_signals, check_axes, collect, conversation, heed_signals,
     is_held_out, is_number, join_world, launch, load_reward_model, load_reward_models, logits_of,
-    one_of, open_out_dir, put_in_place, read_jsonl, render, require, save_checkpoint, save_folder,
-    say, score, score_responses, shard, stop_asked, to_json, write_text)
+    must_recompute, one_of, open_out_dir, put_in_place, read_jsonl, render, require,
+    save_checkpoint, save_folder, say, score, score_responses, shard, stop_asked, to_json,
+    write_text)
 
 @dataclasses.dataclass
 class Config:
@@ -181,7 +182,7 @@ def make_optimizer(model, cfg):
     for name, p in model.named_parameters():
         group = head if name.startswith(("score.", "classifier.")) else trunk
         group["params"].append(p)
-    return torch.optim.AdamW([trunk, head])
+    return torch.optim.AdamW([trunk, head], fused=True)
 
 def keep_the_best(cfg, model, state, rows, labels_NK):
     """Score the held-out rows at the end of an epoch; save the model if none was better."""
@@ -227,7 +228,8 @@ def train(cfg, rank, world, dtype):
         id2label=dict(enumerate(axes)),
         label2id=dict(zip(axes, range(len(axes)))),
         problem_type="multi_label_classification")  # the stock pipeline then takes sigmoids, too
-    model = shard(load_reward_model(cfg.backbone, cfg.max_tokens, **head), dtype, recompute=True)
+    model = load_reward_model(cfg.backbone, cfg.max_tokens, **head)
+    model = shard(model, dtype, must_recompute("auto", model, MICRO_TOKENS, dtype))
     optimizer = make_optimizer(model, cfg)
     ids = [render(model.tokenizer, *row, truncation=True) for row in rows]
     data = SimpleNamespace(ids=ids, lengths_N=torch.tensor(list(map(len, ids))),

@@ -48,7 +48,7 @@ import eval as evaluation
 import mogrpo
 import reward_model as rm
 from ablations import dpo, ppo, steer
-from bench import memory
+from bench import memory, speed
 from mogrpo import write_text
 
 HERE = mogrpo.HERE
@@ -303,6 +303,7 @@ def test_loaded_and_saved_equals_the_library(kind, tied, world):
     assert saved.dtype == torch.bfloat16
     ids = tensor([PROMPTS[1]])
     assert torch.equal(saved(ids).logits, stock_model("several")(ids).logits)
+    lm.set_attn_implementation(policy.stock_attention)
     with mogrpo.gathered(policy):
         assert torch.equal(lm(ids).logits, stock(ids).logits)
 
@@ -369,6 +370,7 @@ def test_adapter_in_peft_and_merged(world):
     path = folder_of()
     policy = policy_of(path, lora_rank=4)
     ids = tensor([PROMPTS[1]])
+    policy.lm.set_attn_implementation(policy.stock_attention)
     with mogrpo.gathered(policy):
         expected = policy.lm(ids).logits
     def relative_gap(model):
@@ -455,6 +457,43 @@ class Watch(TorchDispatchMode):
             self.new = 0
             self.peak = max(self.peak, self.now())
         return out
+
+class Writes(TorchDispatchMode):
+    """Notes the addresses that are written in place, and what a GPU would have to be waited for."""
+    def __init__(self):
+        super().__init__()
+        self.written, self.waits = set(), 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        name = f.overloadpacket.__name__
+        self.waits += name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select")
+        if name.endswith("_"):
+            self.written.add(out.data_ptr())
+        return out
+
+@KINDS
+def test_a_decoded_token_waits_for_nothing_and_keeps_its_addresses(kind, world, monkeypatch):
+    """As a CUDA graph needs it; rooms of any size and replayed steps sample the same."""
+    policy = policy_of(folder_of(kind=kind))
+    expected, logps = sample(policy, PROMPTS, KEYS, 1.0, 40)
+    def watched(step, n):
+        written = []
+        for _ in range(n):
+            with Writes() as seen:
+                step()
+            assert seen.waits == 0
+            written.append(seen.written)
+        assert all(places == written[0] for places in written)
+        assert len(written[0]) == 3 + 2 * 2  # tokens, log-probs, the turn; two layers' caches
+    replayed = lambda step: SimpleNamespace(replay=step)
+    for room, change in ((64, {}), (7, dict(repeat=watched)), (1, {}),
+                         (16, dict(USE_GRAPHS=True, recorded_graph=replayed))):
+        for name, value in dict(ROOM=room, **change).items():
+            monkeypatch.setattr(mogrpo, name, value)
+        again, same = sample(policy, PROMPTS, KEYS, 1.0, 40)
+        assert again == expected and max_gap(torch.cat(same), torch.cat(logps)) < 1e-5
+        monkeypatch.undo()
 
 def test_rollout_calls_no_collective():
     """Weights are gathered once, whatever the number of tokens, in a fake group of 4."""
@@ -647,8 +686,10 @@ def test_loss_and_gradient_equal_the_formulas(kind, norm, world):
             assert gap <= 1e-6 * (slow - first).norm() + 1e-12
 
 def test_micro_batches(world, monkeypatch):
-    """The budget is kept, each row comes once, all processes get equally many."""
-    pairs = [([9] * 5, [i] * n) for i, n in enumerate([3, 9, 2, 11, 5, 5, 1, 7])]
+    """The budget is kept, each row comes once, all processes get equally many; a prompt stands once
+    in a batch."""
+    prompt = [9] * 5
+    pairs = [(prompt, [i] * n) for i, n in enumerate([3, 9, 2, 11, 5, 5, 1, 7])]
     rows = [
         dict(prompt=dict(ids=prompt), response=response, sampler_logp=torch.zeros(len(response)))
         for prompt, response in pairs
@@ -661,8 +702,10 @@ def test_micro_batches(world, monkeypatch):
         seen = []
         for batch in batches:
             seen += batch.rows
-            padded, _, _ = mogrpo.layout(batch.rows)
-            assert len(padded) == 1 or padded.numel() <= budget
+            lengths = [len(response) for _, response in batch.rows]
+            assert len(lengths) == 1 or len(lengths) * (5 + max(lengths)) <= budget
+            inputs, _, _ = mogrpo.layout(batch.rows)  # the padding token, and not the last ones
+            assert inputs["input_ids"].numel() == 1 + 5 + sum(lengths) - len(lengths)
         assert sorted(seen) == pairs
     monkeypatch.setattr(mogrpo, "collect", lambda own: [*own, 7])  # another process has 7
     mogrpo.even_out(batches)
@@ -675,14 +718,14 @@ def test_micro_batches(world, monkeypatch):
 def test_full_logits_never_exist(world, monkeypatch):
     """The obvious way makes N x V logits, ours chunk x V (or as much as a layer holds)."""
     policy = policy_of(folder_of())
-    rows = [([5] * 8, [7] * 56)] * 8
+    rows = [([5] * 8, [7] * 8)] * 64
     def largest(chunk_logits):
         monkeypatch.setattr(mogrpo, "CHUNK_LOGITS", chunk_logits)
         with Watch() as seen:
             mogrpo.response_logp(policy, rows, 1.0).sum().backward()
         return seen.largest
-    assert largest(2**26) >= 8 * 56 * 64  # positions x vocabulary
-    assert largest(16 * 64) <= 8 * 64 * 48  # rows x length x intermediate size
+    assert largest(2**26) == 64 * 8 * 64  # positions x vocabulary
+    assert largest(16 * 64) <= 64 * 8 * 48  # tokens x intermediate size
 
 # --------------------------------------------------------------------------------------------------
 # Rewards: models, rules, both
@@ -1283,7 +1326,7 @@ def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run)
     )
     cfg = mogrpo.parse(memory.Config, flags.split(), "")
     run = mogrpo.setup(cfg)
-    run.policy.eos = [-1]  # no response ends early
+    run.policy.eos = [-2]  # no response ends early
     ones = torch.ones(16)
     def rollout():
         return mogrpo.rollout(run.policy, mogrpo.prompts_of_step(run, 1), (0, 1), 4, cfg)
@@ -1331,6 +1374,37 @@ def test_memory_command(printed):
         ("--gpus=33", "--gpus=33: expected at least 1 and at most --prompts_per_step=32"),
     ):
         refused(lambda: planned(f"--gpus=1 {flag}"), part)
+
+def test_recomputation_is_decided_as_planned(tiny_run):
+    """The rule of thumb against what the blocks of a stock model really keep."""
+    for kind in ("qwen2", "llama", "qwen3", "gpt2"):
+        folder = os.path.abspath(folder_of(kind, kind))
+        m = memory.sizes(transformers.AutoModelForCausalLM, folder, torch.bfloat16, 64)
+        kept = m.kept * m.layers * 1000
+        for share, answer in ((4 / 3, True), (12, False)):
+            decided = mogrpo.must_recompute("auto", m.model, 1000, torch.bfloat16, kept * share)
+            assert decided == answer, kind
+
+def test_counted_speed(printed):
+    """Weights and cache once, every token once; nothing is waited for but once a room."""
+    config = transformers.Qwen2Config(vocab_size=512, hidden_size=256, intermediate_size=512,
+                                      num_hidden_layers=3, num_attention_heads=8,
+                                      num_key_value_heads=2, tie_word_embeddings=False)
+    config.save_pretrained("policy")
+    run_main(speed, "--count --policy=policy --rows=16 --max_prompt_tokens=64 --max_new_tokens=128")
+    row = json.loads(printed().splitlines()[0])
+    weights = 3 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 512) + 512 * 256
+    biases = 3 * (256 + 2 * 64 + 2 * 256) + 256
+    assert row["floor_gb"] * 1e9 == 2 * (weights + biases + 16 * 128 * 3 * 2 * 64)
+    assert 1 < row["memory_of_floor"] < 1.1 < row["operands_of_floor"]
+    tokens = 64 + 8 * 127
+    assert row["update_floor_tflop"] * 1e12 > 6 * tokens * weights
+    assert 1 < row["update_of_floor"] < 1.1 < row["stock_update_of_floor"]
+    assert (row["syncs_a_token"], row["syncs_a_room"]) == (0, 1)
+    assert row["collectives"] == [4, 4]
+    run_main(speed, "--policy=policy --rows=8 --max_prompt_tokens=8 --max_new_tokens=8")
+    assert json.loads(printed().splitlines()[1])["decoded_tokens_a_second"] > 0
+    refused_run("--count --policy=policy --rows=7", "--rows=7", script=speed)
 
 def test_memory_of_reward_models_adds_up(printed):
     # Fewer positions than a row has tokens

@@ -46,9 +46,9 @@ TOY = {**mogrpo.TOY, "critic_lr": 3e-3}  # defaults while --policy=toy
 
 def values(run, batch):
     """What the critic expects, before each response token, that the rest will earn -> value_N."""
-    input_ids, positions_N, _ = mogrpo.layout(batch.rows)  # V_t stands where pi's logits of t do
-    value_BS1 = run.critic(input_ids=input_ids, use_cache=False).logits
-    return value_BS1.flatten()[positions_N]
+    inputs, predictors_N, _ = mogrpo.layout(batch.rows)  # V_t stands where pi's logits of t do
+    value_1M1 = run.critic(**inputs, use_cache=False).logits
+    return value_1M1.flatten()[predictors_N]
 
 def gae(reward_N, value_N, lengths, gae_lambda):
     """r_t and V_t of the tokens of responses of these lengths -> A_N, not yet normalised."""
@@ -112,7 +112,9 @@ def main(cfg):
     run = mogrpo.setup(cfg)
     # The critic's head is drawn alike on every process: `setup` has seeded them
     critic, _ = mogrpo.load(AutoModelForTokenClassification, cfg.policy, num_labels=1)
-    run.critic = mogrpo.shard(critic.eval(), run.dtype, cfg.recompute, run.mesh)
+    critic.set_attn_implementation("mogrpo")  # it reads the same inputs
+    recompute = mogrpo.must_recompute(cfg.recompute, critic, cfg.micro_tokens, run.dtype)
+    run.critic = mogrpo.shard(critic.eval(), run.dtype, recompute, run.mesh)
     run.trained = torch.nn.ModuleDict(dict(policy=run.policy, critic=run.critic))  # checkpointed
     run.optimizer.add_param_group(dict(params=list(critic.parameters()), peak_lr=cfg.critic_lr))
     run.update = ppo_update

@@ -70,6 +70,7 @@ def sizes(auto_class, path, dtype, length):
     key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return SimpleNamespace(
+        model=model,
         text=text,
         layers=len(layers),
         whole=whole,
@@ -77,6 +78,8 @@ def sizes(auto_class, path, dtype, length):
         root=whole - inside,  # embedding, final norm and head
         adapter=sum(m.in_features + m.out_features for m in linears),  # of rank 1
         cache=2 * key_heads * head_dim,  # keys and values of a token in one layer
+        queries=text.num_attention_heads * head_dim,
+        together=text.num_attention_heads // key_heads,  # query heads that share a key's
         kept=sum(t.untyped_storage().nbytes() for t in kept.values()) / len(layers) / length,
     )
 
@@ -107,13 +110,20 @@ def plan(cfg):
     prompts = min(at_once, math.ceil(cfg.prompts_per_step / cfg.gpus))
     B = prompts * cfg.group_size  # rows that are sampled at once
 
-    tokens = max(1, cfg.micro_tokens // row) * row  # of a micro-batch of the longest rows
-    held = tokens * model.kept * model.layers
+    rows = min(max(1, cfg.micro_tokens // row), B)  # of a micro-batch of the longest
+    groups = math.ceil(rows / cfg.group_size)
+    tokens = rows * cfg.max_new_tokens + groups * cfg.max_prompt_tokens  # a prompt is there once
+    # Beside what a stock block keeps: for each row the keys and values of its prompt, and queries
+    block = tokens * model.kept + e * (rows * row * model.cache + tokens * model.queries)
+    masks = e * rows * cfg.max_new_tokens * row * model.together  # one for all layers
+    held = block * model.layers
     again = 0
-    if cfg.recompute:  # the blocks' inputs are held, the rest is made again, of a block at a time
+    memory = cfg.gpu_gb * GIB
+    if mogrpo.must_recompute(cfg.recompute, model.model, cfg.micro_tokens, dtype, memory):
+        # The blocks' inputs are held, the rest is made again, of a block at a time
         held = tokens * e * model.text.hidden_size * model.layers
-        again = tokens * model.kept
-    chunk = min(mogrpo.CHUNK_LOGITS, tokens * cfg.max_new_tokens // row * model.text.vocab_size)
+        again = block
+    chunk = min(mogrpo.CHUNK_LOGITS, rows * cfg.max_new_tokens * model.text.vocab_size)
     return {
         "always": {
             "weights, this GPU's shard": (4 * trained + e * frozen) / shards,
@@ -123,8 +133,8 @@ def plan(cfg):
             "driver and kernels": GIB},
         "sampling": {
             "gathered policy": e * (model.whole + adapter),
-            # With each token it is copied: keys, then values, layer after layer
-            "key-value cache": e * B * row * model.cache * (model.layers + 0.5),
+            # When rows have ended the others are copied, layer after layer
+            "key-value cache": e * B * row * model.cache * (model.layers + 1),
             "activations": prompts * cfg.max_prompt_tokens * model.kept,  # prefill: a row a prompt
             "logits": 20 * B * model.text.vocab_size},  # three in float32, a float64 sum of them
         "scoring": {  # by one reward model after the other, 16,384 tokens at a time
@@ -134,17 +144,17 @@ def plan(cfg):
             "gradients": gradients,
             "gathered weights": e * (model.root + model.block),
             "gradients in flight": full * e * model.root,
-            "activations": held,
+            "activations": held + masks,
             "logits": 12 * chunk},  # three in float32: they, their log-softmax, their gradient
         "backward pass": {
             "gradients": gradients,
             "gathered weights": e * (model.root + 3 * model.block),  # the next one, and a buffer
             # The root's and a block's; in float32 two blocks' that are being reduced
             "gradients in flight": full * (e * model.root + (e + 8) * model.block),
-            "activations": max(held + again, full * 4 * model.root)},  # or the root's, reduced
+            # Or the root's gradients, reduced
+            "activations": max(held + again + masks, full * 4 * model.root)},
         "optimizer step": {
-            "gradients": gradients,
-            "copy of the moments": gradients},  # AdamW on a GPU takes all square roots at once
+            "gradients": gradients},  # the fused AdamW copies nothing
     }
 
 def need(cfg, **change):
@@ -159,13 +169,13 @@ def need(cfg, **change):
 def changes(cfg):
     """Changes that save memory -> list of dicts, from what costs seconds to what costs GPUs."""
     row = cfg.max_prompt_tokens + cfg.max_new_tokens
-    found = [dict(recompute=True)]
+    found = [dict(recompute="True")]
     for halvings in range(1, 9):
         micro = max(row, cfg.micro_tokens // 2**halvings)
         rows = max(cfg.group_size, cfg.sample_rows // 2**halvings)
         small = dict(micro_tokens=micro, sample_rows=rows)
         found += [dict(micro_tokens=micro), dict(sample_rows=rows), small]
-    least = dict(small, recompute=True)
+    least = dict(small, recompute="True")
     found += [least, dict(hsdp=False), dict(least, hsdp=False)]
     found += [dict(lora_rank=16), dict(least, lora_rank=16)]
     gpus = 2 * cfg.gpus

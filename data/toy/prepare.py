@@ -140,7 +140,7 @@ def fit(policy, demos, rng):
         prompt_ids = render(policy.tokenizer, ask(record))
         whole_ids = render(policy.tokenizer, ask(record), answer)
         examples.append((record, answer, prompt_ids, whole_ids[len(prompt_ids):]))
-    optimizer = torch.optim.AdamW(policy.parameters())
+    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
     for step in tqdm(range(FIT_STEPS), "fitting a tiny policy", disable=None, leave=False):
         rows = []
         batch = rng.sample(examples, 32)  # about 1200 tokens, of which 560 are answers
