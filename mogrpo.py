@@ -50,8 +50,8 @@ Who calls whom: main -> setup, train -> grpo_step -> rollout -> sample -> pick  
 Shapes stand in names, so rewards_PG is [P, G]; a 1 is a dimension kept for broadcasting.
     P  prompts           G  responses to a prompt       K  axes of the reward     B  rows: P x G
     R  rows not yet ended    L  longest prompt    T  new tokens    V  vocabulary    D  hidden size
-    S  longest prompt + response of a micro-batch
-    N  all response tokens of a micro-batch, laid end to end: its log-probs have no padding
+    M  all tokens of a micro-batch, end to end: no padding (`layout`)
+    N  all its response tokens, likewise         S  longest prompt + response
 
 Parts: 1 the objective, 2 group sampling, 3 the loop, 4 machinery. On a first reading stop after 3.
 """
@@ -118,7 +118,7 @@ class Config:
     std_floor: float = 0.01       # least std to divide by: a narrower group differs by noise only
     # sampling
     group_size: int = 8           # G, responses a prompt: the baseline's sample size, at least 2
-    prompts_per_step: int = 32    # prompts of one step, over all processes
+    prompts_per_step: int = 32    # of all processes; on a GPU decode 128 rows and more (bench/speed)
     max_prompt_tokens: int = 512  # longer prompts are skipped and counted
     max_new_tokens: int = 512     # T: responses are cut here
     sample_rows: int = 256        # responses a process decodes at once; bounds the key-value cache
@@ -696,9 +696,10 @@ def score(reward_model, texts):
         scores_NK[numbers] = logits.sigmoid().cpu()
     return scores_NK
 
-def by_length(lengths, budget=16384):
+def by_length(lengths, budget=None):
     """Row numbers in batches of at most `budget` tokens and about one length: little is padding.
     Longest first: what does not fit in memory fails at once."""
+    budget = budget or SCORED_TOKENS
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         n = max(1, budget // max(1, lengths[order[0]]))  # rows as long as the longest that is left
@@ -844,35 +845,39 @@ class Policy(nn.Module):
         return torch.cat([chunk_logp(*pair) for pair in pairs])
 
 def layout(rows):
-    """(prompt_ids, response_ids) pairs -> the policy's inputs, predictors_N, targets_N. All tokens
-    stand end to end in one row of M, without padding, and a prompt that neighbours share stands
-    there once: P + G R tokens instead of G (P + R). `attend` knows by the segments who sees whom.
-    The end token is a target like any other; what comes last is never read, so it is not there."""
-    ids = [0]  # token 0 is padding
+    """(prompt_ids, response_ids) pairs -> the policy's inputs, predictors_N, targets_N.
+
+        [ padding | prompt 1 | response 1 | ... | response G | prompt 2 | response 1 | ... ]
+
+    All tokens stand end to end in one row of M; a prompt that neighbours share stands there once,
+    P + G R tokens instead of G (P + R). Positions go on after the prompt in each of its responses,
+    and the segments tell `attend` who sees whom. The end token is a target like any other; the last
+    token of a response predicts nothing, so it is not there."""
+    ids = [0]  # the padding of segments: one token
     positions = [0]
-    prompts = []  # the numbers 1..M of the tokens of each prompt,
-    answers = []  # of each response,
-    contexts = []  # of all that a response's last token sees
+    prompts = []  # where in the row the tokens of each prompt are,
+    responses = []  # those of each response,
+    contexts = []  # and all that it sees
     predictors = []
     targets = []
     previous = None
     for prompt, response in rows:
-        if prompt is not previous:
+        if prompt is not previous:  # the very list: a group shares it
             shared = range(len(ids), len(ids) + len(prompt))
             prompts.append(shared)
             ids += prompt
             positions += range(len(prompt))
             previous = prompt
         own = range(len(ids), len(ids) + len(response) - 1)
-        answers.append(own)
+        responses.append(own)
         contexts.append([*shared, *own])
         ids += response[:-1]
-        positions += range(len(prompt), len(prompt) + len(own))
-        predictors += [shared[-1], *own]  # the last prompt token predicts the first of the response
+        positions += range(len(prompt), len(contexts[-1]))
+        predictors += contexts[-1][len(prompt) - 1:]  # the last of the prompt predicts the first
         targets += response
     segments = [segment(prompts, prompts, positions)]
-    if any(answers):
-        segments.append(segment(answers, contexts, positions))
+    if any(responses):
+        segments.append(segment(responses, contexts, positions))
     inputs = dict(input_ids=torch.tensor([ids], device=DEVICE),
                   position_ids=torch.tensor([positions], device=DEVICE), segments=segments)
     return inputs, torch.tensor(predictors, device=DEVICE), torch.tensor(targets, device=DEVICE)
@@ -880,8 +885,8 @@ def layout(rows):
 HIDDEN = -1e9  # added to a product before the softmax, it leaves exactly 0
 
 def segment(queries, keys, positions):
-    """Lists of token numbers -> which tokens look (BT), at which (BS; in the order of positions),
-    and the mask that is added to their products."""
+    """Places in the row of B lists of tokens that look, and of those they look at, which stand in
+    the order of their positions -> query_BT, key_BS, and the mask that is added to the products."""
     def padded(rows):
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -894,9 +899,9 @@ def segment(queries, keys, positions):
                            mask_B1TS=HIDDEN * hidden_BTS[:, None].to(DEVICE))
 
 def attend(module, query, key, value, attention_mask, segments=(), **options):
-    """The attention of the policy's layers, in place of the library's. Decode: R rows and a mask.
-    With segments: one row of M tokens, [1, heads, M, d], which is cut into the rows of each segment
-    and put together again."""
+    """The attention of the policy's layers, in place of the library's (its AttentionInterface, which
+    all its decoders call alike). Decode: R rows and a mask. With segments: one row of M tokens,
+    [1, heads, M, d], which is cut into the rows of each segment and put together again."""
     if not segments:
         assert attention_mask is not None, "inputs of the policy are made by `layout`"
         return attention(query, key, value, attention_mask, **options), None
@@ -989,18 +994,21 @@ def save_adapter(policy, path, cfg):
             r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=sorted(layers))))
 
 def check_support(policy):
-    """Refuse a model whose sampler and stock logits are not one distribution: padding, cache and
-    our use of the head assume causal attention with positions and logits = head(hidden)."""
+    """Refuse a model whose sampler, trainer and stock logits are not one distribution: our cache,
+    attention and head assume causal attention with positions and logits = head(hidden)."""
     prompts = [[3, 4, 5], [3]]  # the second will be padded
     try:
         with gathered(policy):
             responses, logps = sample(policy, prompts, torch.full((2, 6), 0.5), 1.0)
-            ids = torch.tensor([prompts[1] + responses[1]], device=DEVICE)
+            pair = prompts[1], responses[1]
+            trained = response_logp(policy, [pair], 1.0)
             policy.lm.set_attn_implementation(policy.stock_attention)
-            stock = policy.lm(input_ids=ids, labels=ids).loss.item()  # of all but the first token
+            ids = torch.tensor([sum(pair, [])], device=DEVICE)
+            stock = policy.lm(input_ids=ids, labels=ids).loss  # of all but the first token
             policy.lm.set_attn_implementation("mogrpo")
-        gap = abs(stock + logps[1].mean().item())
-        assert gap < 0.02, f"its log-probs are off by {gap:.3g}"
+        for logp in (logps[1].to(DEVICE), trained):
+            gap = (stock + logp.mean()).abs().item()
+            assert gap < 0.02, f"its log-probs are off by {gap:.3g}"
     except Exception as e:  # models of others fail in any way they like
         die(f"{type(policy.lm).__name__} is not supported: {e}")
 
@@ -1191,6 +1199,7 @@ DTYPES = dict(auto=torch.bfloat16 if CUDA else torch.float32, bfloat16=torch.bfl
 wide = partial(torch.promote_types, torch.float32)  # float32, or float64 where all is
 DEVICE = torch.device("cuda" if CUDA else "cpu")  # one GPU a process: see `join_world`
 USE_GRAPHS = CUDA
+SCORED_TOKENS = 16384 if CUDA else 1024  # at once: a CPU gains more by less padding
 ROOM = 64 if CUDA else 4  # tokens decoded between two looks at which rows have ended
 
 def join_world(dtype="auto", alone=False):

@@ -17,8 +17,8 @@ not. The update is counted without --recompute, which adds the forward of all bl
 step of the library's `generate`, and its padded rows in training. What it is not: a measurement. A
 kernel is an operation that is not a view.
 
-Timed: seconds of a token against the roofline (the floor's bytes at the bandwidth of a copy in the
-same run), seconds of an update against the floor's FLOPs at the rate of a matrix product in the
+Timed: a token against the roofline (the floor's bytes at the bandwidth of a copy in the same run),
+an update, AdamW's step included, against the floor's FLOPs at the rate of a matrix product in the
 same run, and on a GPU the peak of memory beside bench/memory.py's plan.
 """
 import json
@@ -307,7 +307,7 @@ def machine(dtype):
     square = torch.ones(n, n, dtype=dtype, device=DEVICE)
     return copied, 2 * n**3 / seconds(lambda: square @ square)
 
-def timed(cfg, config, policy, rows, copied, product):
+def timed(cfg, policy, optimizer, rows, copied, product):
     """-> {name: number}"""
     G, P, T = cfg.group_size, cfg.max_prompt_tokens, cfg.max_new_tokens
     prompts = [[5 + i] * P for i in range(rows // G)]
@@ -339,7 +339,8 @@ def timed(cfg, config, policy, rows, copied, product):
         for numbers in mogrpo.by_length(rows * [P + T], cfg.micro_tokens):
             batch = [pairs[i] for i in numbers]
             mogrpo.response_logp(policy, batch, 1.0).sum().backward()
-        policy.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     token = statistics.mean(tokens)
     update_seconds = seconds(update, 3)
@@ -373,11 +374,14 @@ def main(cfg):
         policy = policy_of(config, torch.float32, "meta")
         recompute = mogrpo.must_recompute(cfg.recompute, policy.lm, cfg.micro_tokens, dtype)
         policy = mogrpo.shard(policy, dtype, recompute)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, fused=True)
         say(f"a copy moves {copied / 1e9:.0f} GB/s, a product makes {product / 1e12:.2f} TFLOP/s")
         for n in rows:
-            found.append(timed(cfg, config, policy, n, copied, product))
+            found.append(timed(cfg, policy, optimizer, n, copied, product))
         if CUDA:
-            say(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+            peak = torch.cuda.max_memory_allocated() / memory.GIB
+            planned = memory.need(cfg, prompts_per_step=max(rows) // cfg.group_size, beta=0.0)
+            say(f"peak of memory {peak:.1f} GiB, planned {planned:.1f}")
     for row in found:
         say(json.dumps(row))
     for name in found[0]:
