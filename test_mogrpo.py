@@ -486,9 +486,9 @@ def test_a_decoded_token_waits_for_nothing_and_keeps_its_addresses(kind, world, 
             written.append(seen.written)
         assert all(places == written[0] for places in written)
         assert len(written[0]) == 3 + 2 * 2  # tokens, log-probs, the turn; two layers' caches
-    replayed = lambda step: SimpleNamespace(replay=step)
+    replayed = lambda step: step
     for room, change in ((64, {}), (7, dict(repeat=watched)), (1, {}),
-                         (16, dict(USE_GRAPHS=True, recorded_graph=replayed))):
+                         (16, dict(USE_GRAPHS=True, as_graph=replayed))):
         for name, value in dict(ROOM=room, **change).items():
             monkeypatch.setattr(mogrpo, name, value)
         again, same = sample(policy, PROMPTS, KEYS, 1.0, 40)

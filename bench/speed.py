@@ -25,7 +25,7 @@ import json
 import statistics
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -39,7 +39,7 @@ from transformers import AutoConfig, DynamicCache
 
 import mogrpo
 from bench import memory
-from mogrpo import CUDA, DEVICE, TOY, die, join_world, launch, require, say
+from mogrpo import CUDA, DEVICE, TOY, die, join_world, launch, say
 
 @dataclass
 class Config(memory.Config):
