@@ -90,6 +90,22 @@ def compute_dtype(cfg):
     """As on a GPU, wherever the plan is made."""
     return torch.bfloat16 if cfg.dtype == "auto" else mogrpo.DTYPES[cfg.dtype]
 
+def activations(cfg, model, rows, dtype):
+    """Bytes that so many of the longest rows hold between forward and backward pass, and that are
+    made again in the backward pass."""
+    e = dtype.itemsize
+    row = cfg.max_prompt_tokens + cfg.max_new_tokens
+    groups = math.ceil(rows / cfg.group_size)
+    tokens = rows * cfg.max_new_tokens + groups * cfg.max_prompt_tokens  # a prompt is there once
+    # Beside what a stock block keeps: for each row the keys and values of its prompt, and queries
+    block = tokens * model.kept + e * (rows * row * model.cache + tokens * model.queries)
+    masks = e * rows * cfg.max_new_tokens * row * model.together  # one for all layers
+    memory = cfg.gpu_gb * GIB
+    if mogrpo.must_recompute(cfg.recompute, model.model, cfg.micro_tokens, dtype, memory):
+        # The blocks' inputs are held, the rest is made again, of a block at a time
+        return masks + tokens * e * model.text.hidden_size * model.layers, block
+    return masks + block * model.layers, 0
+
 def plan(cfg):
     """{stage: {purpose: bytes on each GPU}}; the stages after "always" follow one another."""
     dtype = compute_dtype(cfg)
@@ -111,18 +127,7 @@ def plan(cfg):
     B = prompts * cfg.group_size  # rows that are sampled at once
 
     rows = min(max(1, cfg.micro_tokens // row), B)  # of a micro-batch of the longest
-    groups = math.ceil(rows / cfg.group_size)
-    tokens = rows * cfg.max_new_tokens + groups * cfg.max_prompt_tokens  # a prompt is there once
-    # Beside what a stock block keeps: for each row the keys and values of its prompt, and queries
-    block = tokens * model.kept + e * (rows * row * model.cache + tokens * model.queries)
-    masks = e * rows * cfg.max_new_tokens * row * model.together  # one for all layers
-    held = block * model.layers
-    again = 0
-    memory = cfg.gpu_gb * GIB
-    if mogrpo.must_recompute(cfg.recompute, model.model, cfg.micro_tokens, dtype, memory):
-        # The blocks' inputs are held, the rest is made again, of a block at a time
-        held = tokens * e * model.text.hidden_size * model.layers
-        again = block
+    held, again = activations(cfg, model, rows, dtype)
     chunk = min(mogrpo.CHUNK_LOGITS, rows * cfg.max_new_tokens * model.text.vocab_size)
     return {
         "always": {
@@ -144,7 +149,7 @@ def plan(cfg):
             "gradients": gradients,
             "gathered weights": e * (model.root + model.block),
             "gradients in flight": full * e * model.root,
-            "activations": held + masks,
+            "activations": held,
             "logits": 12 * chunk},  # three in float32: they, their log-softmax, their gradient
         "backward pass": {
             "gradients": gradients,
@@ -152,7 +157,7 @@ def plan(cfg):
             # The root's and a block's; in float32 two blocks' that are being reduced
             "gradients in flight": full * (e * model.root + (e + 8) * model.block),
             # Or the root's gradients, reduced
-            "activations": max(held + again + masks, full * 4 * model.root)},
+            "activations": max(held + again, full * 4 * model.root)},
         "optimizer step": {
             "gradients": gradients},  # the fused AdamW copies nothing
     }
