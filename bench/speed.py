@@ -183,8 +183,9 @@ def count_decode(policy, rows, G, P, T):
         if len(counts) * mogrpo.ROOM >= T:
             raise EOFError  # fake tokens could not be read
 
-    as_on_a_gpu = dict(ROOM=64, Cache=NotedCache, repeat=one_of_many)
-    with patch.multiple(mogrpo, **as_on_a_gpu), torch.no_grad(), Count() as whole:
+    room = min(64, max(1, T // 2))  # 64 on a GPU; two of them show what is between
+    changes = dict(ROOM=room, Cache=NotedCache, repeat=one_of_many)
+    with patch.multiple(mogrpo, **changes), torch.no_grad(), Count() as whole:
         try:
             prompts = [[5] * P for _ in range(rows // G)]
             mogrpo.sample(policy, prompts, torch.zeros(rows, T + 1), 1.0)
@@ -359,9 +360,10 @@ def main(cfg):
         config = AutoConfig.from_pretrained(cfg.policy)
         rows = [int(n) for n in cfg.rows.split(",")]
         assert all(n % cfg.group_size == 0 for n in rows) and min(rows) > 0
+        assert cfg.max_new_tokens > 1
     except Exception as e:
         die(f"--policy={cfg.policy}, --rows={cfg.rows}: expected a folder with a config.json and "
-            f"multiples of --group_size={cfg.group_size}: {e}")
+            f"multiples of --group_size={cfg.group_size}, and --max_new_tokens above 1: {e}")
     found = []
     if cfg.count:
         found = [counted(cfg, config, n) for n in rows]
