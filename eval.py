@@ -49,7 +49,7 @@ import torch
 
 import mogrpo
 from data.human import votes
-from mogrpo import Policy, collect, require, say, shard
+from mogrpo import collect, load_policy, require, say, shard
 
 @dataclass
 class Config:
@@ -68,7 +68,8 @@ class Config:
     max_prompt_tokens: int = 512  # longer prompts are skipped and counted
     max_new_tokens: int = 512     # answers are cut here
     temperature: float = 1.0      # of sampling; 0 takes the likeliest token every time
-    dtype: str = "auto"           # float32 | bfloat16 | float64 compute; auto: bfloat16 on GPU
+    dtype: mogrpo.Dtype = "auto"  # of compute; auto: bfloat16 on a GPU, else float32
+    fast: bool = True             # mogrpo.py's own attention and cache, where they are the library's
     seed: int = 0                 # of the random numbers that all policies share
 
     def __post_init__(self):
@@ -82,7 +83,6 @@ class Config:
                 "--max_new_tokens must be greater than 0")
         require(self.temperature >= 0, f"--temperature={self.temperature}: must not be negative")
         self.temperature = max(1e-6, self.temperature)  # softmax at 1e-6 is the argmax
-        mogrpo.one_of("dtype", self.dtype, mogrpo.DTYPES)
         require(self.prompts, "--prompts: a file of held-out prompts is needed")
         paths = folders(self.policies)  # refuses what it cannot read
         require(self.blind == 0 or len(paths) > 1, "--blind wants two policies")
@@ -267,10 +267,12 @@ def evaluate(cfg):
     run = SimpleNamespace(cfg=cfg)  # as mogrpo.setup makes one
     run.rank, run.world, dtype = mogrpo.join_world(cfg.dtype)
     _, record = next(mogrpo.read_jsonl(cfg.prompts))  # rules are tried on it
-    run.rules = mogrpo.load_rules(cfg.rules, record)
-    run.truth = mogrpo.load_rules(cfg.truth, record)
-    run.reward_models = mogrpo.load_reward_models(cfg.reward_model, dtype)
+    run.rules = mogrpo.load_rules(cfg.rules, dict(record=record))
+    run.truth = mogrpo.load_rules(cfg.truth, dict(record=record))
+    run.reward_models = mogrpo.load_reward_models(cfg.reward_model)
     path_of = named_axes(cfg.reward_model, run.reward_models, run.rules)
+    for reward_model in run.reward_models:
+        shard(reward_model, dtype)
     run.axes = list(path_of)
 
     # 2. Every policy answers every prompt; only one policy is in memory at a time
@@ -279,7 +281,10 @@ def evaluate(cfg):
     try:
         for name, path in paths.items():
             say(f"{name}: {path} answers and is scored")
-            run.policy = shard(Policy(path).requires_grad_(False), dtype)
+            run.policy = load_policy(path).requires_grad_(False)
+            mogrpo.set_threads(run.policy)
+            shard(run.policy, dtype)
+            mogrpo.choose_way(run.policy, cfg)
             answers[name] = answers_of(run, cfg)
     except mogrpo.Stopped:  # by a signal: the policies that are through are compared
         require(answers, "stopped before the first policy was through: there is nothing to keep")

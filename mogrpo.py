@@ -5,29 +5,28 @@ For each prompt q the policy pi samples a group of G responses o_1..o_G. Reward 
 your own, or both give each response K scores s_ik. GRPO (group relative policy optimization)
 compares within the group only: what is better than its siblings becomes likelier.
 
-    R_i   = sum_k w_k s_ik                                one reward from K axes
-    A_i   = (R_i - mean_G R) / max(std_G R, std_floor)    advantage: the group is its own baseline
-    rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)     per token; pi_old: before this update
-    c     = min(pi_old / pi_sampler, 2)                   one policy, two roundings: corrected
-    d     = min(log pi_ref - log pi, 3)                   bounded: see `objective`
-    k3    = exp(d) - d - 1                                KL to the reference, never negative
+    e_ik  = s_ik - mean_G s_k                           the group is its own baseline: no critic
+    A_i   = sum_k w_k e_ik / max(std_G of this sum, std_floor)     one advantage of K axes
+    rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)   per token; pi_old: before this update
+    c     = min(pi_old / pi_sampler, 2)                 one policy, two roundings: corrected
     gain  = min(rho A_i c, clip(rho, 1 - clip_low, 1 + clip_high) A_i c)
-    loss  = - sum over all tokens of share (gain - beta k3)      share: see `token_shares`
-    pi   <- AdamW step down the loss                      then sample again
+    price = rho log(pi / pi_ref)                        the logarithm held fixed: see `objective`
+    loss  = - sum over all tokens of share (gain - beta price)     share: see `token_shares`
+    pi   <- AdamW step down the loss                    then sample again
 
 Sources: arXiv 2402.03300 (GRPO), 2503.21819 (several objectives at once; its hyperparameters are
 not public, so every default is our own choice).
 
 Departures: the std (that of the population, sum / G) is floored, since below some spread a learned
 score is noise, and a group that is equal on every axis gets exactly 0; rho may rise further than it
-may fall (DAPO); c makes up for a sampler that works token by token with a cache and so rounds in
-another way than the trainer (Yao et al. 2025, "Your efficient RL framework secretly brings you
-off-policy RL training"). All probabilities are those at --temperature.
+may fall (DAPO); the KL's gradient is that of KL(pi || pi_ref), not of the estimator k3; c makes up
+for a sampler that works token by token with a cache and so rounds in another way than the trainer
+(Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). All
+probabilities are those at --temperature.
 
 Worth knowing: with --epochs=1 rho is exactly 1, so nothing is ever clipped and this is a policy
-gradient with the group as its baseline. Under `sum` only the ratios of weights matter, as long as
-no std is below the floor. In the mean over samples of pi, k3 (but for the bound on d) is KL(pi ||
-pi_ref); its gradient, taken through log pi, is that of KL(pi_ref || pi).
+gradient with the group as its baseline. And only the ratios of weights matter, as long as no std is
+below the floor.
 
 Left out: a separate inference engine, several minibatches a rollout, tools, several turns.
 
@@ -39,35 +38,34 @@ Left out: a separate inference engine, several minibatches a rollout, tools, sev
         mogrpo.py ...                # the same on both nodes; out_dir must be a folder they share
     torchrun mogrpo.py [the same flags] --resume         # goes on, on any number of processes
 
-Who calls whom: main -> setup, train -> grpo_step -> rollout -> sample -> pick            part 2
-                                                  -> score_responses                      2
-                                                  -> advantages                           1
-                                                  -> grpo_update -> micro_batches         4.5
-                                                                 -> response_logp         4.3
-                                                                 -> objective             1
-                                                                 -> optimizer_step        3
+Who calls whom: main -> setup, train -> grpo_step -> experience -> rollout -> sample -> pick
+                                                                -> score_responses
+                                                  -> combine_sum or combine_gdpo -> centred
+                                                  -> grpo_update -> micro_batches -> token_shares
+                                                                 -> response_logp, objective
 
 Shapes stand in names, so rewards_PG is [P, G]; a 1 is a dimension kept for broadcasting.
     P  prompts           G  responses to a prompt       K  axes of the reward     B  rows: P x G
-    R  rows not yet ended    L  longest prompt    T  new tokens    V  vocabulary    D  hidden size
-    M  all tokens of a micro-batch, end to end: no padding (`layout`)
-    N  all its response tokens, likewise         S  longest prompt + response
-    E  scores at an evaluation: the K learned ones and those of --truth
+    L  longest prompt    T  new tokens    S  longest prompt + response
+    V  vocabulary        D  hidden size   N  response tokens of a micro-batch, end to end
+    R  rows not yet ended     M  all tokens of a micro-batch, end to end            (part 4 only)
 
 Parts: 1 the objective, 2 group sampling, 3 the loop, 4 machinery. On a first reading stop after 3.
 """
 import argparse
+import asyncio
 import fcntl
 import fileinput
+import importlib
 import inspect
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -75,11 +73,14 @@ import sys
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
+from itertools import groupby
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -90,20 +91,15 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, set_model_state_dict)
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import AttentionInterface, AutoConfig, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 CUDA = torch.cuda.is_available()
-DTYPES = dict(auto=torch.bfloat16 if CUDA else torch.float32, bfloat16=torch.bfloat16,
-              float32=torch.float32, float64=torch.float64)
-wide = partial(torch.promote_types, torch.float32)  # float32, or float64 where all is
 DEVICE = torch.device("cuda" if CUDA else "cpu")  # one GPU a process: see `join_world`
-USE_GRAPHS = CUDA
-SCORED_TOKENS = 16384 if CUDA else 1024  # at once: a CPU gains more by less padding
-ROOM = 64 if CUDA else 4  # tokens decoded between two looks at which rows have ended
+Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 
 @dataclass
 class Config:
@@ -117,14 +113,14 @@ class Config:
     out_dir: str = "out/mogrpo"   # results; an earlier run there is renamed, never overwritten
     # objective
     weights: str = ""             # axis=weight,... of the reward; an axis not named weighs 1
-    combine: str = "sum"          # K scores to one advantage: sum (the paper) | gdpo | lagrangian
-    floors: str = ""              # lagrangian: axis=least mean score,... as in safety=0.9
-    dual_lr: float = 0.5          # lagrangian: log lambda += dual_lr x (floor - mean score)
-    beta: float = 0.04            # weight of the KL to the reference; 0: no reference is loaded
+    combine: Literal["sum", "gdpo"] = "sum"  # K scores to one advantage: sum is the paper's
+    beta: float = 0.04            # price of the KL to the reference; 0: no reference is loaded
     clip_low: float = 0.2         # where A < 0 the gradient stops at rho = 1 - clip_low
     clip_high: float = 0.28       # where A > 0 at 1 + clip_high; more keeps rare tokens (DAPO)
-    loss_norm: str = "sequence"   # all responses weigh the same; token | constant: all tokens do
-    std_floor: float = 0.01       # least std to divide by: a narrower group differs by noise only
+    loss_norm: Literal["sequence", "token", "constant"] = "sequence"  # all responses weigh the
+                                  # same; with the others all tokens do: see `token_shares`
+    std_floor: float = 0.01       # least std to divide by: a narrower group differs by noise only;
+                                  # of gdpo a fraction of the axis's std over the step
     # sampling
     group_size: int = 8           # G, responses a prompt: the baseline's sample size, at least 2
     prompts_per_step: int = 32    # over all processes; a GPU wants 128 rows and more (bench/speed)
@@ -140,11 +136,13 @@ class Config:
     epochs: int = 1               # optimizer steps on each rollout; above 1 the clipping matters
     grad_clip: float = 1.0        # largest gradient norm
     micro_tokens: int = 16384     # tokens of one forward and backward; bounds activation memory
-    recompute: str = "auto"       # keep blocks' inputs only, rerun them in backward, 1/3 more work:
-                                  # True | False | auto: on a GPU
+    recompute: Literal["auto", "True", "False"] = "auto"  # keep blocks' inputs only and run them
+                                  # again in backward: a third more work. auto: on a GPU
     lora_rank: int = 0            # train adapters of this rank instead; they want 5 to 20 times lr
     lora_alpha: float = 32.0      # adapters are scaled by alpha / rank
-    dtype: str = "auto"           # compute: bfloat16 | float32 | float64; auto: bfloat16 on GPU
+    dtype: Dtype = "auto"         # of compute; auto: bfloat16 on a GPU, else float32
+    fast: bool = True             # our own attention, cache and recorded decode steps (part 4),
+                                  # where they give the library's numbers; else the library's ways
     hsdp: bool = True             # several nodes: shard inside one, replicate across; else over all
     # running
     eval_interval: int = 0        # evaluate every so many steps; before and after training always
@@ -155,112 +153,97 @@ class Config:
     resume: bool = False          # continue from out_dir/checkpoint
     seed: int = 0                 # order of prompts and every sampled token
 
-    # What --resume must find as it was
-    kept = ("policy reward_model rules prompts heldout_prompts combine floors max_prompt_tokens "
-            "prompts_per_step lora_rank lora_alpha seed")
-
     def __post_init__(self):
-        positive = ("prompts_per_step max_prompt_tokens max_new_tokens sample_rows temperature "
-                    "steps lr epochs grad_clip micro_tokens eval_samples log_interval std_floor "
-                    "lora_alpha")
-        for name, value in vars(self).items():
-            if not isinstance(value, str):
-                least = 1e-12 if name in positive.split() else 0
-                require(least <= value < 1e12, f"--{name}={value}: must not be negative, nor 0 "
-                        "where that is senseless, nor huge")
-        require(self.group_size > 1, f"--group_size={self.group_size}: a group of one teaches "
-                "nothing; take at least 2")
-        one_of("combine", self.combine, ("sum", "gdpo", "lagrangian"))
-        one_of("loss_norm", self.loss_norm, ("sequence", "token", "constant"))
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("recompute", self.recompute, ("auto", "True", "False"))
-        self.weight_of = axis_numbers("weights", self.weights, 1e6)
-        self.floor_of = axis_numbers("floors", self.floors, 1)
-        require((self.combine == "lagrangian") == (self.floors != ""),
-                "--combine=lagrangian and --floors=axis=score go together")
+        check_flags(self)
 
 # --------------------------------------------------------------------------------------------------
 # 1. The objective
 
-def advantages(scores_PGK, weights_K, cfg, multipliers_K=None):
-    """Scores of a step's groups -> rewards_PG, advantages_PG, and parts_PGK: each axis's summand of
-    the advantage.
+def centred(scores_PGK):
+    """e_ik = s_ik - mean_G s_k. A score that is nan, where an axis has nothing to say about a
+    response, counts as the mean: e is 0."""
+    mean_P1K = scores_PGK.nanmean(1, keepdim=True)
+    e_PGK = (scores_PGK - mean_P1K).nan_to_num()
+    # Scores that are equal but for rounding are equal: to exactly 0, for Adam divides a gradient by
+    # its own size, and a step of nothing but rounding would be a full step
+    rounding_K = 1e-6 * scores_PGK.abs().nan_to_num().amax((0, 1))
+    is_equal_P1K = e_PGK.abs().amax(1, keepdim=True) <= rounding_K
+    return e_PGK.masked_fill(is_equal_P1K, 0.0)
 
-    sum         2503.21819   A = (R - mean_G R) / std_G R: an axis counts as much as it spreads
-    gdpo        2601.05242   z = (s - mean_G s) / std_G s for each axis; A = sum_k w_k z_k,
-                             normalised over the step: a narrow axis counts like a wide one
-    lagrangian  2310.12773   A = (A of sum + sum_k lambda_k z_k) / (1 + sum_k lambda_k)
+def std_of_scored(scores_PGK, dims):
+    """Std over some dimensions, kept as 1, of the scores that are not nan."""
+    mean = scores_PGK.nanmean(dims, keepdim=True)
+    return (scores_PGK - mean).square().nanmean(dims, keepdim=True).sqrt()
 
-    `weights_K` may be one weighting, or P1K: one for each prompt. `multipliers_K` are the lambdas.
-    Every std is floored: a learned score is noise below some spread, and dividing by a tiny std
-    would turn 0.50000 and 0.50001 into advantages of -1 and +1 (verl issue 6348)."""
-    rewards_PG1 = (weights_K * scores_PGK).sum(-1, keepdim=True)  # R_i = sum_k w_k s_ik
-    centred_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)   # the group stands in for a critic
-    spread_P1K = scores_PGK.std(1, correction=0, keepdim=True)
-    z_PGK = centred_PGK / spread_P1K.clamp(min=cfg.std_floor)  # an axis by itself, as if K were 1
+def standardized(scores_PGK, cfg):
+    """z_ik = e_ik / std_G s_k: each axis by itself, in units of its own spread. The floor is a
+    fraction of the axis's std over the step, so that no unit matters."""
+    std_P1K = std_of_scored(scores_PGK, 1)
+    floor_11K = cfg.std_floor * std_of_scored(scores_PGK, (0, 1))
+    z_PGK = centred(scores_PGK) / torch.maximum(std_P1K, floor_11K)
+    return z_PGK.nan_to_num()  # 0 / 0: no spread, or no scores
 
-    if cfg.combine == "gdpo":
-        parts_PGK = weights_K * z_PGK
-        step_std = parts_PGK.sum(-1).std(correction=0)  # the mean is 0 in every group already
-        parts_PGK = parts_PGK / step_std.clamp(min=cfg.std_floor)
-    else:  # sum: R_i - mean_G R is sum_k w_k (s_ik - mean_G s_k), so A_i is the sum of these parts
-        std_P11 = rewards_PG1.std(1, correction=0, keepdim=True).clamp(min=cfg.std_floor)
-        parts_PGK = weights_K * centred_PGK / std_P11
-    if cfg.combine == "lagrangian":
-        scale = 1 + multipliers_K.sum()  # keeps |A| about the same as a lambda grows
-        parts_PGK = (parts_PGK + multipliers_K * z_PGK) / scale
+# One function a rule: scores of a step's groups -> parts_PGK, what each axis adds to the advantage.
+# weights_K may be P1K, too: weights of each prompt's own.
 
-    # The floor damps what is nearly equal; this silences what is equal on every axis, to exactly
-    # 0: a float32 score is rounded by 1e-7 of its size (one of a bfloat16 model by more).
-    rounding_K = 1e-6 * scores_PGK.abs().amax((0, 1)).clamp(min=1)
-    parts_PGK = parts_PGK * (spread_P1K > rounding_K).any(-1, keepdim=True)
-    return rewards_PG1.squeeze(-1), parts_PGK.sum(-1), parts_PGK
+def combine_sum(scores_PGK, weights_K, cfg):
+    """The paper: A = (R - mean_G R) / std_G R of R = sum_k w_k s_k. An axis counts as much as it
+    spreads. The floor keeps 0.50000 and 0.50001 from becoming -1 and +1 (verl issue 6348)."""
+    weighted_PGK = weights_K * centred(scores_PGK)
+    std_PG1 = weighted_PGK.sum(-1, keepdim=True).std(1, correction=0, keepdim=True)
+    return weighted_PGK / std_PG1.clamp(min=cfg.std_floor)
 
-def objective(logp_N, old_logp_N, ref_logp_N, advantage_N, token_share_N, cfg):
-    """Loss of N tokens; and for the log the KL and the share of clipped tokens. All three are sums
-    weighted by token_share_N, to be added over micro-batches and processes. `advantage_N` is A c,
-    which has no gradient."""
-    rho_N = (logp_N - old_logp_N).exp()  # exactly 1 in the first inner epoch, but with a gradient
+def combine_gdpo(scores_PGK, weights_K, cfg):
+    """GDPO (2601.05242): A = sum_k w_k z_k, divided by its std over the step. A narrow axis counts
+    like a wide one."""
+    weighted_PGK = weights_K * standardized(scores_PGK, cfg)
+    step_std = weighted_PGK.sum(-1).std(correction=0)
+    return (weighted_PGK / step_std).nan_to_num()  # 0 / 0: no group has a signal
+
+COMBINE = dict(sum=combine_sum, gdpo=combine_gdpo)  # the values of --combine
+
+def objective(batch, logp_N, cfg):
+    """Loss of a micro-batch, and what is logged of it: sums weighted by the tokens' shares, to be
+    added over micro-batches and processes."""
+    rho_N = (logp_N - batch.old_logp_N).exp()  # 1 in the first inner epoch, but with a gradient
     clipped_rho_N = rho_N.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside
-    free_gain_N = rho_N * advantage_N
-    clipped_gain_N = clipped_rho_N * advantage_N
+    free_gain_N = rho_N * batch.advantage_N  # the advantage has the factor c already
+    clipped_gain_N = clipped_rho_N * batch.advantage_N
     gain_N = torch.min(free_gain_N, clipped_gain_N)  # the worse: clipping only takes gain away
 
-    # Where pi has fallen to a twentieth of pi_ref one token would outweigh all others by exp(d): no
-    # further (verl bounds k3 at 10). Such tokens are hardly ever sampled
-    d_N = (ref_logp_N - logp_N).clamp(max=3)
-    # Schulman's: E_pi[exp(d)] = 1, so in the mean it is E_pi[-d], the KL(pi || pi_ref)
-    k3_N = d_N.exp() - d_N - 1
+    # The gradient of KL(pi || pi_ref) is E_pi[log(pi / pi_ref) grad log pi]: each token pays for
+    # how much likelier it has become. (k3 in the loss, as GRPO was published, has the gradient of
+    # KL(pi_ref || pi), in rare large spikes: 2512.02556, 2510.01555.)
+    log_ratio_N = (logp_N - batch.ref_logp_N).detach()
+    price_N = rho_N * log_ratio_N
+    loss = -(batch.token_share_N * (gain_N - cfg.beta * price_N)).sum()
 
-    loss = -(token_share_N * (gain_N - cfg.beta * k3_N)).sum()
-    kl = (token_share_N * k3_N).sum().detach()
-    clip_frac = (token_share_N * (free_gain_N > clipped_gain_N)).sum()
-    return loss, kl, clip_frac
+    # What is logged as KL is Schulman's k3, never negative: E_pi[exp(-log_ratio)] = 1
+    k3_N = (-log_ratio_N).exp() - 1 + log_ratio_N
+    is_clipped_N = free_gain_N > clipped_gain_N
+    return loss, dict(kl=(batch.token_share_N * k3_N).sum(),
+                      clip_frac=(batch.token_share_N * is_clipped_N).sum())
 
 def token_shares(lengths_B, counts, cfg):
     """Share of each token of a response in the loss of the step -> shares_B, one for each response.
     `counts`, of responses and tokens, are of the whole step, over all processes and micro-batches:
-    a mean taken inside each would weigh a token by how its neighbours happened to be packed. (The
-    other part of Dr. GRPO, 2503.20783, is not to divide by the std: see --std_floor.)"""
+    a mean taken inside each would weigh a token by how its neighbours happened to be packed."""
     if cfg.loss_norm == "sequence":  # GRPO: mean over a response's tokens, then over responses
         return 1 / (lengths_B * counts["responses"])
     share = 1 / counts["tokens"]     # token (DAPO): mean over all tokens: long responses weigh more
-    if cfg.loss_norm == "constant":  # Dr. GRPO, its length part: the same for every token, always
+    # Dr. GRPO (2503.20783), its length part: the same for every token, always. (Its other part is
+    # not to divide by the std: see --std_floor)
+    if cfg.loss_norm == "constant":
         share = 1 / (cfg.max_new_tokens * counts["responses"])
     return torch.full_like(lengths_B, share, dtype=torch.float32)
 
 # --------------------------------------------------------------------------------------------------
 # 2. Group sampling
 #
-# `sample` is the library's `generate` with log-probs, and may be skipped on a first reading. From
-# part 4 come
-#     gathered         a `with` block in which the policy is whole on this process
-#     layout           puts prompts and responses end to end, in one row without padding
-#     Cache            keys and values of the rows that are decoded
-#     repeat(step, n)  calls step n times; on a GPU it replays a recording of it
-#     ROOM             after so many tokens it is asked which rows have ended
-#     must_stop        has Ctrl-C come? heed_signals obeys it, on all processes together
-#     collect          what all processes have made, in order
+# `sample` is what sampling is, for any causal model of the library. Part 4 has a faster way through
+# most models, `fast_sample`, which is taken where it gives the same numbers. From there come, too:
+#     gathered       a `with` block in which the whole policy is on this process
+#     must_stop      has Ctrl-C come? heed_signals obeys it, on all processes together
 
 def uniforms(keys, n):
     """n uniform numbers for each response -> u_BT in [0, 1), float64, on the CPU. Row b is a
@@ -272,99 +255,78 @@ def uniforms(keys, n):
         rows.append([rng.random() for _ in range(n)])
     return torch.tensor(rows, dtype=torch.float64)
 
-def pick(logits_RV, u_R):
+def pick(logits_BV, u_B):
     """Next tokens and their log-probs: the inverse CDF of softmax(logits) at u."""
-    p_RV = logits_RV.softmax(-1, dtype=wide(logits_RV.dtype))
-    cdf_RV = p_RV.cumsum(-1, dtype=torch.float64)  # float32 would lose rare tokens of 150,000
-    target_R1 = (u_R * cdf_RV[:, -1])[:, None]
-    token_R1 = torch.searchsorted(cdf_RV, target_R1, right=True)
-    token_R1 = token_R1.clamp(max=p_RV.shape[-1] - 1)  # u x sum may round up to the sum
-    return token_R1.squeeze(-1), p_RV.gather(-1, token_R1).log().squeeze(-1)
+    p_BV = logits_BV.softmax(-1, dtype=precise(logits_BV.dtype))
+    cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)  # float32 would lose rare tokens of 150,000
+    target_B1 = (u_B * cdf_BV[:, -1])[:, None]
+    token_B1 = torch.searchsorted(cdf_BV, target_B1, right=True)
+    token_B1 = token_B1.clamp(max=p_BV.shape[-1] - 1)  # u x sum may round up to the sum
+    return token_B1.squeeze(-1), p_BV.gather(-1, token_B1).log().squeeze(-1)
 
 @torch.no_grad()
 def sample(policy, prompts, u_BT, temperature):
     """G responses to each of P prompts (here: lists of token ids), in prompt order -> B token
     lists, each up to and including its end token or cut at T; their log-probs under the sampler, B
-    tensors on the CPU. The policy is `gathered`, whole on this process: nothing is communicated
-    inside, so processes may stop at different lengths."""
+    tensors on the CPU. The library's `generate` runs the model, whatever its cache, masks and
+    logits are, and asks once a turn which tokens come next."""
     B, T = u_BT.shape
-    G = B // len(prompts)
-    u_BT = u_BT.to(DEVICE)
-    logp_BT = torch.zeros_like(u_BT)
-    tokens_BT = logp_BT.long()
-    end_tokens = torch.tensor(policy.eos, device=DEVICE)
-    row_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
-    # The last turn: a tensor, since a recorded graph would not see a Python number change
-    t_1 = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
+    inputs = left_padded(policy, rows)  # so that all go on in the same column
+    logps = []  # logp_B of each turn
 
-    # 1. Prefill: each prompt once, all of them end to end. Then each of a group's G rows gets its
-    # prompt's keys and values. (`layout` leaves out a response's last token, so [0] stands for an
-    # empty one; and one list is one prompt to it, so that two equal ones are copied.)
-    inputs, last_P, _ = layout([(list(prompt), [0]) for prompt in prompts])
-    flat = DynamicCache()
-    logits_PV = policy(temperature=temperature, predictors_N=last_P, past_key_values=flat, **inputs)
-    cache = Cache(flat, inputs["segments"][0].key_BS.repeat_interleave(G, 0), T)
-    prompt_length_B = torch.tensor([len(p) for p in prompts], device=DEVICE).repeat_interleave(G)
+    def choose(ids_BS, logits_BV):
+        token_B, logp_B = pick(logits_BV / temperature, u_BT[:, len(logps)].to(DEVICE))
+        logps.append(logp_B)
+        chosen_BV = torch.full_like(logits_BV, -math.inf)  # all but these tokens
+        return chosen_BV.scatter(1, token_B[:, None], 0.0)
 
-    def choose(logits_RV):
-        token_R, logp_R = pick(logits_RV, u_BT[row_R, t_1])
-        tokens_BT[row_R, t_1] = token_R
-        logp_BT[row_R, t_1] = logp_R.to(logp_BT.dtype)
+    def stop(ids_BS, scores):
+        return torch.full((B,), must_stop(), device=DEVICE)
 
-    def decode():
-        """One more token for every row. Shapes and addresses stay, nothing waits for the GPU."""
-        token_R1 = tokens_BT[row_R, t_1][:, None]
-        position_R1 = (prompt_length_B[row_R] + t_1)[:, None]
-        logits_RV = policy(token_R1, temperature, past_key_values=cache, position_ids=position_R1,
-                           attention_mask=cache.place(position_R1, width))
-        t_1.add_(1)
-        choose(logits_RV)
+    ids_BS = policy.generate(
+        **inputs, logits_processor=[choose], stopping_criteria=[stop], do_sample=False,
+        max_new_tokens=T, eos_token_id=policy.eos, pad_token_id=0)
+    return up_to_end(ids_BS[:, -len(logps):], torch.stack(logps, 1), policy.eos)
 
-    # 2. Decode, a token a turn for every row at once.
-    choose(logits_PV.repeat_interleave(G, 0))
-    t = 1
-    while t < T and not must_stop():
-        # Which have not ended? One look every ROOM tokens: it waits for the GPU
-        ended_R = torch.isin(tokens_BT[row_R, :t], end_tokens).any(1)
-        keep = (~ended_R).nonzero().squeeze(1)
-        if len(keep) == 0:
-            break
-        if len(keep) < len(row_R):
-            cache.keep(keep)
-            row_R = row_R[keep]
-        steps = min(ROOM, T - t)
-        width = max(map(len, prompts)) + t + steps - 1  # columns that are looked at in this room
-        repeat(decode, steps)
-        t += steps
-
-    # 3. What was decoded after an end token, beside longer rows, is cut off.
-    ends_BT = torch.isin(tokens_BT, end_tokens).long()
-    lengths = (ends_BT.cumsum(1) - ends_BT == 0).sum(1).tolist()  # tokens with no end before them
-    responses = [tokens[:n] for tokens, n in zip(tokens_BT.tolist(), lengths)]
-    return responses, [logp_T[:n] for logp_T, n in zip(logp_BT.cpu(), lengths)]
+def up_to_end(tokens_BT, logp_BT, eos):
+    """Tokens and their log-probs without what was sampled after an end token, beside longer
+    rows."""
+    responses = []
+    logps = []
+    for tokens, logp_T in zip(tokens_BT.tolist(), logp_BT.cpu()):
+        n = next((t for t, token in enumerate(tokens, 1) if token in eos), len(tokens))
+        responses.append(tokens[:n])
+        logps.append(logp_T[:n])
+    return responses, logps
 
 def rollout(policy, prompts, stream, group_size, cfg):
     """Sample `group_size` responses to each of this process's prompts (`load_prompts`) -> B rows in
-    prompt order: dicts of prompt (that dict), response (token ids), text, sampler_logp (of each
-    token). `stream` begins the keys of the random numbers: (seed, step)."""
+    prompt order: dicts of prompt (that dict), response (token ids), text, truncated (it has no end
+    token), sampler_logp (of each token). `stream` begins the keys of the random numbers: (seed,
+    step)."""
     rows = []
+    sampler = fast_sample if policy.fast else sample
     prompts_at_once = max(1, cfg.sample_rows // group_size)
     with gathered(policy):
         for first in range(0, len(prompts), prompts_at_once):
             batch = prompts[first:first + prompts_at_once]
             keys = [(*stream, prompt["index"], g) for prompt in batch for g in range(group_size)]
-            responses, logps = sample(policy, [prompt["ids"] for prompt in batch],
-                                      uniforms(keys, cfg.max_new_tokens), cfg.temperature)
+            u_BT = uniforms(keys, cfg.max_new_tokens)
+            prompt_ids = [prompt["ids"] for prompt in batch]
+            responses, logps = sampler(policy, prompt_ids, u_BT, cfg.temperature)
             texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
             for b, response in enumerate(responses):
-                rows.append(dict(prompt=batch[b // group_size], response=response, text=texts[b],
-                                 sampler_logp=logps[b]))
+                rows.append(dict(
+                    prompt=batch[b // group_size], response=response, text=texts[b],
+                    truncated=response[-1] not in policy.eos, sampler_logp=logps[b]))
     heed_signals()  # what was left half done is not returned
     return rows
 
 def score_responses(rows, reward_models, rules):
-    """Where every reward comes from: the rows of `rollout` -> scores_BK. The axes are those of the
-    reward models, in the order given, then those of the rules."""
+    """Where every reward comes from: the rows of `rollout` -> scores_BK, nan where an axis has
+    nothing to say. The axes are those of the reward models, in the order given, then those of the
+    rules."""
     columns = [torch.zeros(len(rows), 0)]  # eval.py may have no rewards at all
     for reward_model in reward_models:
         conversations = [(row["prompt"]["messages"], row["text"]) for row in rows]
@@ -372,56 +334,104 @@ def score_responses(rows, reward_models, rules):
             columns.append(score(reward_model, conversations))
     if rules:
         columns.append(rule_scores(rules, rows))
-    return torch.cat(columns, 1)
+    scores_BK = torch.cat(columns, 1)
+    return scores_BK.where(scores_BK.isfinite(), math.nan)
 
 # --------------------------------------------------------------------------------------------------
 # 3. The loop
-#
-# What is handed around: `run`, a namespace made by `setup`: cfg, rank, world (number of processes),
-# dtype, mesh, policy, reference (or None), reward_models, rules, truth (or None), axes (K names),
-# weights_K, prompts, heldout, optimizer, state; and update (grpo_update) and trained (what a
-# checkpoint holds), which a fork may set. A prompt is a dict: record (its line of the file),
-# messages, tag, ids, index. A row, one response, is a dict: prompt, response, text, sampler_logp.
+
+@dataclass
+class Run:
+    """What is handed around, made by `setup`. A fork is a file of its own that sets one of the four
+    functions at the end, or hands `train` a step of its own: see ablations/."""
+    cfg: Config
+    rank: int                     # the number of this process,
+    world: int                    # of so many
+    dtype: torch.dtype            # of compute
+    mesh: dist.DeviceMesh         # over which every model is sharded
+    policy: nn.Module             # in training
+    reference: nn.Module          # its frozen start, or None: the policy without its adapter
+    reward_models: list
+    rules: SimpleNamespace        # or None; likewise truth
+    truth: SimpleNamespace
+    axes: list                    # K names: the columns of all scores
+    weights_K: torch.Tensor
+    prompts: list                 # dicts of record (a line of the file), messages, ids, tag, ...
+    heldout: list
+    optimizer: torch.optim.Optimizer
+    trained: nn.Module            # what a checkpoint holds: its weights, their moments, and
+    state: dict                   # numbers that must survive a crash
+    seconds: dict                 # of the step's phases so far
+    experience: Callable          # (run, step) -> rows, scores_BK of this process
+    combine: Callable             # scores_PGK, weights_K, cfg -> parts_PGK of the advantages
+    update: Callable              # (run, rows, advantages_B, step) -> metrics
+    objective: Callable           # (batch, logp_N, cfg) -> loss, what is logged
+
+def make_optimizer(policy, cfg):
+    """AdamW without weight decay. 0.95: the second moment remembers 20 steps, not the usual 1000,
+    since a run is short and gradients change their size."""
+    weights = dict(params=policy.parameters(), peak_lr=cfg.lr)  # frozen ones get no gradient
+    return torch.optim.AdamW([weights], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+def experience(run, step):
+    """Sample and score a step's responses -> this process's rows and scores_BK."""
+    with timed(run, "sec/sample"):
+        prompts = prompts_of_step(run, step)
+        rows = rollout(run.policy, prompts, (run.cfg.seed, step), run.cfg.group_size, run.cfg)
+    with timed(run, "sec/score"):
+        scores_BK = score_responses(rows, run.reward_models, run.rules)
+    return rows, scores_BK
 
 def grpo_step(run, step):
     """One step of GRPO on every process: sample, score, compare, update -> the step's metrics."""
     cfg = run.cfg
-    # 1. Sample a group of G responses to each of this process's prompts
-    start = time.perf_counter()
-    prompts = prompts_of_step(run, step)
-    rows = rollout(run.policy, prompts, (cfg.seed, step), cfg.group_size, cfg)
+    run.seconds.clear()
 
-    # 2. Score them on every axis
-    sampled = time.perf_counter()
-    scores_BK = score_responses(rows, run.reward_models, run.rules)
+    # 1. A group of G responses to each of this process's prompts, scored on every axis
+    rows, scores_BK = run.experience(run, step)
     log_samples(run, step, rows, scores_BK, heldout=False)
 
-    # 3. Advantages. Every process computes those of all groups of the step, a few kB, and keeps
-    # its own: prompt i of the step is on process i % world
-    scored = time.perf_counter()
-    scores_PGK = scores_BK.unflatten(0, (len(prompts), cfg.group_size))
+    # 2. Compare them. Every process computes the advantages of all groups of the step, a few kB:
+    # prompt i of the step is on process i % world
+    scores_PGK = scores_BK.unflatten(0, (-1, cfg.group_size))
     all_scores_PGK = torch.tensor(collect(scores_PGK.tolist()))
-    sound_P = sound_groups(run, step, all_scores_PGK)  # one with a NaN gets equal scores: A = 0
-    rewards_PG, advantages_PG, parts_PGK = advantages(
-        all_scores_PGK, run.weights_K, cfg, multipliers(run))
-    metrics = group_metrics(all_scores_PGK[sound_P], rewards_PG[sound_P], advantages_PG[sound_P],
-                            parts_PGK[sound_P], run.axes, cfg)
+    if all_scores_PGK.isnan().all():
+        raise Stopped(f"step {step}: no response has a score on any axis")
+    all_parts_PGK = run.combine(all_scores_PGK, run.weights_K, cfg)
+    all_advantages_PG = all_parts_PGK.sum(-1)
+    advantages_B = all_advantages_PG[run.rank::run.world].flatten()  # of this process
 
-    # 4. Update the policy: `grpo_update`, unless a fork has set its own
-    own = slice(run.rank, None, run.world)
-    metrics |= run.update(run, rows, rewards_PG[own].flatten(), advantages_PG[own].flatten(), step)
-    move_multipliers(run, metrics)  # for the next step; a step given up has moved nothing
+    # 3. Make what is better than its siblings likelier
+    with timed(run, "sec/train"):
+        metrics = run.update(run, rows, advantages_B, step)
+    return metrics | group_metrics(run, all_scores_PGK, all_parts_PGK) | run.seconds
 
-    # 5. What it took
-    return metrics | {"sec/sample": sampled - start, "sec/score": scored - sampled,
-                      "sec/train": time.perf_counter() - scored}
-
-def grpo_update(run, rows, rewards_B, advantages_B, step):
-    """`epochs` optimizer steps on one rollout, each over all micro-batches of all processes ->
-    metrics. `rewards_B` is for forks: PPO wants the rewards themselves."""
+def micro_batches(run, rows, advantages_B):
+    """The rows of `rollout` and an advantage for each -> micro-batches of at most `micro_tokens`
+    padded tokens, as many on every process; and the step's counts of responses, tokens and
+    truncated responses, over all processes."""
     cfg = run.cfg
-    # Batches have rows (prompt_ids, response_ids) and sampler_logp_N, advantage_N, token_share_N;
-    # counts are of responses, tokens and ended responses, over all processes
+    lengths_B = torch.tensor([len(row["response"]) for row in rows])
+    counts = total(dict(responses=len(rows), tokens=lengths_B.sum(),
+                        truncated=sum(row["truncated"] for row in rows)))
+    shares_B = token_shares(lengths_B, counts, cfg)
+    batches = []
+    for numbers in packed_together(rows, cfg):  # which of the B rows
+        lengths = lengths_B[numbers]
+        # What a response has, all its tokens have
+        batches.append(SimpleNamespace(
+            rows=[(rows[b]["prompt"]["ids"], rows[b]["response"]) for b in numbers],
+            lengths=lengths.tolist(),
+            sampler_logp_N=torch.cat([rows[b]["sampler_logp"] for b in numbers]).to(DEVICE),
+            advantage_N=advantages_B[numbers].repeat_interleave(lengths).to(DEVICE),
+            token_share_N=shares_B[numbers].repeat_interleave(lengths).to(DEVICE)))
+    even_out(batches)
+    return batches, counts
+
+def grpo_update(run, rows, advantages_B, step):
+    """`epochs` optimizer steps on one rollout, each over all micro-batches of all processes ->
+    metrics."""
+    cfg = run.cfg
     batches, counts = micro_batches(run, rows, advantages_B)
     sums = defaultdict(float)
     for epoch in range(cfg.epochs):
@@ -437,18 +447,16 @@ def grpo_update(run, rows, rewards_B, advantages_B, step):
                 gap_N = batch.old_logp_N - batch.sampler_logp_N
                 c_N = gap_N.exp().clamp(max=2.0)  # pi_old / pi_sampler: one policy, two roundings
                 batch.advantage_N = batch.advantage_N * c_N
-                # 1 / tokens of the step; 0 in a batch that is here only because all processes must
-                # run equally many
+                # Means over all tokens of the step; 0 in a batch that is here only because all
+                # processes must run equally many
                 per_token_N = (batch.token_share_N > 0) / counts["tokens"]
                 sums["sampler_gap"] += (gap_N.abs() * per_token_N).sum()
                 sums["entropy"] -= (batch.old_logp_N * per_token_N).sum()  # an estimate
-            loss, kl, clip_frac = objective(logp_N, batch.old_logp_N, batch.ref_logp_N,
-                                            batch.advantage_N, batch.token_share_N, cfg)
+            loss, logged = run.objective(batch, logp_N, cfg)
             # FSDP divides by world, but a share already counts the tokens of all processes
             (loss * run.world).backward()
-            sums["loss"] += loss.detach() / cfg.epochs
-            sums["kl"] += kl / cfg.epochs
-            sums["clip_frac"] += clip_frac / cfg.epochs
+            for name, value in dict(loss=loss.detach(), **logged).items():
+                sums[name] += value / cfg.epochs
         grad_norm = optimizer_step(run, step)
     return step_metrics(run, sums, counts, grad_norm)
 
@@ -471,10 +479,10 @@ def optimizer_step(run, step):
     else:
         state["skipped"] += 1
         state["skipped_in_a_row"] += 1
-        state["fault"] = f"step {step}: the loss or its gradient is not finite"
-        say(f"warning: {state['fault']}; {state['skipped']} skipped so far")
+        say(f"warning: step {step}: the loss or its gradient is not finite: skipped")
     run.optimizer.zero_grad()  # to None: no gradient memory while sampling
-    require(state["skipped_in_a_row"] < 10, f"ten updates in a row were skipped: {state['fault']}")
+    if state["skipped_in_a_row"] == 10:
+        raise Stopped(f"step {step}: ten updates in a row had a loss or gradient not finite")
     return grad_norm
 
 def train(run, one_step):
@@ -484,67 +492,26 @@ def train(run, one_step):
     state = run.state
     open_out_dir(cfg, run.trained, run.optimizer, state)  # a fresh folder, or the run to resume
     open_logs(run)
-    announce(run)
     catch_signals()
     try:
-        steps = range(state["step"] + 1, cfg.steps + 1)
-        bar = tqdm(steps, "aligning", disable=run.rank > 0 or None, leave=False)
-        for step in bar:
+        for step in range(state["step"] + 1, cfg.steps + 1):
             # Before the step, not after the last one: so a resumed run evaluates there, too
             if step == 1 or cfg.eval_interval and (step - 1) % cfg.eval_interval == 0:
                 evaluate(run, step - 1)
             metrics = one_step(run, step)
             state["step"] = step
             log_step(run, step, metrics)
-            if step == steps[0] < cfg.steps:
-                foretell(metrics, len(steps) - 1)
-            bar.set_postfix_str(f"reward {metrics['reward']:.3f}")  # shown with the next step
             if step == cfg.steps or cfg.save_interval and step % cfg.save_interval == 0:
                 save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
         evaluate(run, cfg.steps)
-    except Stopped:  # on all processes at once; what the next step had begun is dropped
+    except Stopped as stop:  # on all processes at once; what the next step had begun is dropped
         save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
-        say(f"stopped after step {state['step']}, saved in {cfg.out_dir}; --resume goes on there")
+        saved = f"step {state['step']} is saved in {cfg.out_dir}; --resume goes on there"
+        require(not stop.args, f"{stop}; {saved}")
+        say(f"stopped: {saved}")
         return
-    require(state["updates"] > 0, f"nothing was learned, no update succeeded: {state['fault']}")
-    save_folder(run.policy.lm, run.policy.tokenizer, f"{cfg.out_dir}/policy",
-                run.policy.lm.saved_dtype)  # as precise as the weights it began with
-    if cfg.lora_rank > 0:
-        save_adapter(run.policy, f"{cfg.out_dir}/adapter", cfg)
-    say(f"saved in {cfg.out_dir}: policy/ (a Hugging Face folder), metrics.jsonl, samples.jsonl, "
-        "checkpoint/ (for --resume)")
-
-def answer_heldout(run):
-    """This process's held-out prompts answered and scored -> rows, scores_BE, the names of the E
-    scores. The random numbers are the same every time, so that steps compare."""
-    cfg = run.cfg
-    prompts = run.heldout[run.rank::run.world]
-    rows = rollout(run.policy, prompts, (cfg.seed, "eval"), cfg.eval_samples, cfg)
-    learned_BK = score_responses(rows, run.reward_models, run.rules)
-    true_BJ = score_responses(rows, [], run.truth)  # J is 0 without --truth
-    names = [f"eval/{axis}" for axis in run.axes]
-    names += [f"true/{axis}" for axis in axes_of([], run.truth)]
-    return rows, torch.cat([learned_BK, true_BJ], 1), names
-
-def evaluate(run, step):
-    """Mean scores of the held-out prompts' answers, into metrics.jsonl and on the terminal."""
-    if not run.heldout:
-        return
-    rows, scores_BE, names = answer_heldout(run)
-    log_samples(run, step, rows, scores_BE, heldout=True)
-    sums = total(dict(zip(names, scores_BE.double().sum(0))))
-    means = {k: x / len(run.heldout) / run.cfg.eval_samples for k, x in sums.items()}
-    write_row(run, "metrics.jsonl", dict(step=step) | means)
-
-    before = run.state["before"]
-    say(f"\n{f'held out, step {step}':<26}{'before':>8}{'now':>8}")
-    for name, mean in means.items():
-        say(f"  {name:<24}{before.get(name, '-'):>8}{mean:>8.3f}")
-    for row in rows[::max(1, len(rows) // 3)][:3]:
-        say(f"  > {row['prompt']['messages'][-1]['content']}\n    {row['text']}")
-    if step == 0:
-        before |= {name: f"{mean:.3f}" for name, mean in means.items()}
-    run.wants_header = True
+    require(state["updates"] > 0, "nothing was learned: no update succeeded")
+    save_results(run)
 
 def main(cfg):
     train(setup(cfg), grpo_step)  # a fork calls these two, too
@@ -553,49 +520,48 @@ def main(cfg):
 # 4. Machinery, for when you need it. 4.1 What a run is made of
 
 def setup(cfg):
-    """Models, rewards, prompts and optimizer of a run -> a namespace, to which a fork may add.
-    Nothing is written here: a run refused for its input leaves no trace."""
+    """Models, rewards, prompts and optimizer of a run. Nothing is written here: a run refused for
+    its input leaves no trace."""
     require(cfg.prompts and (cfg.reward_model or cfg.rules),
             "give --prompts=FILE.jsonl, and --reward_model=DIR or --rules=FILE.py or both")
-    run = SimpleNamespace(cfg=cfg)
-    run.rank, run.world, run.dtype = join_world(cfg.dtype)
-    run.mesh = device_mesh(cfg.hsdp)
-    policy = Policy(cfg.policy)  # `shard` will read its weights
+    rank, world, dtype = join_world(cfg.dtype)
+    mesh = device_mesh(cfg.hsdp)
+    policy = load_policy(cfg.policy)  # `shard` will read its weights
+    set_threads(policy)
     torch.manual_seed(cfg.seed)  # a LoRA adapter starts at random
     if cfg.lora_rank > 0:
         add_lora(policy, cfg.lora_rank, cfg.lora_alpha)
 
-    run.prompts, run.heldout = split_prompts(cfg, policy)  # what is cheap to check comes first
-    require(len(run.prompts) >= cfg.prompts_per_step >= run.world, f"{cfg.prompts}: there must be "
-            f"at least as many prompts to train on ({len(run.prompts)} prompts here) as "
-            f"--prompts_per_step={cfg.prompts_per_step}, and these as processes ({run.world})")
-    first_record = run.prompts[0]["record"]
-    run.rules = load_rules(cfg.rules, first_record)
-    run.truth = load_rules(cfg.truth, first_record)
+    # What is cheap to check comes first
+    prompts, heldout = split_prompts(cfg, policy)
+    require(len(prompts) >= cfg.prompts_per_step >= world, f"{cfg.prompts}: there must be at least "
+            f"as many prompts to train on ({len(prompts)} prompts here) as "
+            f"--prompts_per_step={cfg.prompts_per_step}, and these as processes ({world})")
+    rules = load_rules(cfg.rules, prompts[0])
+    truth = load_rules(cfg.truth, prompts[0])
+    reward_models = load_reward_models(cfg.reward_model)
+    axes = axes_of(reward_models, rules)
+    weight_of = axis_numbers("weights", cfg.weights, axes, 1e6)
+    weights_K = torch.tensor([weight_of.get(axis, 1.0) for axis in axes])
+    require(weights_K.sum() > 0, f"--weights={cfg.weights}: all axes weigh 0, or there is none")
 
     # The policy in training, and its frozen start as reference. With LoRA the reference is the
-    # policy without its adapter: no memory of its own. With beta = 0 there is none.
-    run.policy = shard(policy, run.dtype, cfg.recompute, run.mesh)
-    run.reference = None
+    # policy without its adapter: no memory of its own. With beta = 0 there is none
+    shard(policy, dtype, cfg.recompute, mesh)
+    choose_way(policy, cfg)
+    reference = None
     if cfg.beta > 0 and cfg.lora_rank == 0:
-        run.reference = shard(Policy(cfg.policy).requires_grad_(False), run.dtype, mesh=run.mesh)
-    check_support(run.policy)  # a second, before hours
-    run.reward_models = load_reward_models(cfg.reward_model, run.dtype, run.mesh)
-    run.axes = axes_of(run.reward_models, run.rules)  # K names: the columns of all scores
-    for axis in cfg.weight_of | cfg.floor_of:  # only now are the axes known
-        require(axis in run.axes, f"--weights, --floors: there is no axis {axis}; there are "
-                f"{', '.join(run.axes)}")
-    run.weights_K = torch.tensor([cfg.weight_of.get(axis, 1.0) for axis in run.axes])
-    require(run.weights_K.sum() > 0, f"--weights={cfg.weights}: all axes weigh 0, or there is none")
-
-    # What training changes, and a checkpoint holds: weights, their moments, and `state`.
-    run.update = grpo_update  # a fork may set its own
-    run.trained = run.policy  # what a checkpoint holds; a fork may train more
-    weights = dict(params=run.policy.parameters(), peak_lr=cfg.lr)  # frozen ones get no gradient
-    run.optimizer = torch.optim.AdamW([weights], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    run.state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, fault="", before={},
-                     log_sizes={}, log_lambda=dict.fromkeys(cfg.floor_of, 0.0))
-    return run
+        reference = shard(load_policy(cfg.policy).requires_grad_(False), dtype, mesh=mesh)
+        go(reference, policy.fast)
+    for reward_model in reward_models:
+        shard(reward_model, dtype, mesh=mesh)
+    state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, before={}, log_sizes={})
+    return Run(cfg=cfg, rank=rank, world=world, dtype=dtype, mesh=mesh, policy=policy,
+               reference=reference, reward_models=reward_models, rules=rules, truth=truth,
+               axes=axes, weights_K=weights_K, prompts=prompts, heldout=heldout,
+               optimizer=make_optimizer(policy, cfg), trained=policy, state=state,
+               seconds=defaultdict(float), combine=COMBINE[cfg.combine], objective=objective,
+               update=grpo_update, experience=experience)
 
 def axes_of(reward_models, rules):
     """The K names of the columns of `score_responses`."""
@@ -606,30 +572,49 @@ def axes_of(reward_models, rules):
     return axes
 
 def check_axes(axes, where):
-    sound = all(isinstance(axis, str) and re.fullmatch(r"[^\s=,]([^=,]*[^\s=,])?", axis)
-                for axis in axes)
-    require(sound and len(set(axes)) == len(axes), f"{where}: their axes {axes} must have names, "
-            "no two the same, without , and = and spaces around")
+    is_name = re.compile(r"[^\s=,]([^=,]*[^\s=,])?").fullmatch
+    require(all(isinstance(axis, str) and is_name(axis) for axis in axes)
+            and len(set(axes)) == len(axes), f"{where}: their axes {axes} must have names, no two "
+            "the same, without , and = and spaces around")
+
+def axis_numbers(flag, text, axes, most):
+    """The value of --weights or another such flag, "safety=2,politeness=1" -> {axis: number}."""
+    numbers = {}
+    for pair in text.split(",") if text else []:
+        axis, _, number = pair.partition("=")
+        require(axis in axes, f"--{flag}: no axis is named {axis!r}; there are {', '.join(axes)}")
+        require(axis not in numbers and is_number(number) and 0 <= float(number) <= most,
+                f"--{flag}: {pair}: expected axis=number, from 0 to {most:g} and each axis once")
+        numbers[axis] = float(number)
+    return numbers
 
 def load_prompts(path, policy, cfg):
-    """Prompts file -> dicts of record (the whole line), messages, tag, ids, index; those of more
-    than `max_prompt_tokens` tokens, or for which the model has no positions, are left out and
-    counted."""
-    config = policy.lm.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    longest = min(cfg.max_prompt_tokens, positions - cfg.max_new_tokens)
+    """Prompts file -> dicts of record (the whole line), where (its file and number), messages, tag,
+    ids, index; those of more than `max_prompt_tokens` tokens, or for which the model has no
+    positions, are left out and counted."""
+    longest = min(cfg.max_prompt_tokens, positions_of(policy) - cfg.max_new_tokens)
     prompts = []  # all in memory, as token ids
     for index, (where, record) in enumerate(read_jsonl(path)):
         messages = conversation(where, record)
         ids = render(policy.tokenizer, messages)
         if 0 < len(ids) <= longest:
-            prompts.append(dict(record=record, messages=messages, tag=record.get("tag"),
-                                index=index, ids=ids))
+            prompts.append(dict(record=record, where=where, messages=messages,
+                                tag=record.get("tag"), index=index, ids=ids))
     skipped = index + 1 - len(prompts)
     if skipped > 0:
         say(f"warning: {skipped} prompts in {path} are empty or longer than {longest} tokens (by "
             f"--max_prompt_tokens, or the model's positions less --max_new_tokens): skipped")
     return prompts
+
+def positions_of(model):
+    """How many tokens a row may have. Where rotary frequencies change with the length (longrope,
+    dynamic), only the original length: past it a token's log-prob would depend on its neighbours'
+    lengths in the micro-batch."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        return rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 def split_prompts(cfg, policy):
     """Prompts to train on, and those held out, which never are."""
@@ -656,46 +641,34 @@ def prompts_of_step(run, step):
     random.Random(repr((run.cfg.seed, finished_passes))).shuffle(order)
     return order[turn * size:][:size][run.rank::run.world]
 
-def axis_numbers(flag, text, most):
-    """The value of --weights or --floors, "safety=2,politeness=1" -> {axis: number}."""
-    numbers = {}
-    for pair in text.split(",") if text else []:
-        axis, _, number = pair.partition("=")
-        require(axis and axis not in numbers and is_number(number) and 0 <= float(number) <= most,
-                f"--{flag}: {pair}: expected axis=number, from 0 to {most:g} and each axis once")
-        numbers[axis] = float(number)
-    return numbers
-
 # --------------------------------------------------------------------------------------------------
 # 4.2 Rewards
+
+SCORED_TOKENS = 16384 if CUDA else 1024  # in one forward; a CPU is faster on rows of one length
 
 def load_reward_model(path, max_tokens=10**9, **head):
     """The library's sequence classifier: a backbone with one linear layer of K outputs, whose
     sigmoids are the scores. The folder loads anywhere and gives the same scores there. `head`:
-    num_labels, id2label, label2id of a fresh head; none: `path` has a named one. It gets two
-    attributes: tokenizer, and axes, the K names."""
-    model, tokenizer = load(AutoModelForSequenceClassification, path, **head)
+    num_labels, id2label, label2id of a fresh head; none: `path` has a named one. Its attribute
+    `axes` are the K names."""
+    model = load(AutoModelForSequenceClassification, path, **head)
+    tokenizer = model.tokenizer
     config = model.config.get_text_config()
     config.pad_token_id = tokenizer.pad_token_id  # the head reads at the last token that is none
-    config.use_cache = False  # a block that is run again would append to it again
     # Too long a text loses its beginning: the response stands last
     longest = getattr(config, "max_position_embeddings", max_tokens)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, longest)
     tokenizer.truncation_side = "left"
     tokenizer.padding_side = "right"
-    model.tokenizer = tokenizer
     model.axes = [model.config.id2label[k] for k in range(model.config.num_labels)]
     require("LABEL_0" not in model.axes, f"{path}: its id2label does not name the axes")
     check_axes(model.axes, path)
     return model
 
-def load_reward_models(paths, dtype, mesh=None):
-    """Folders, comma-separated -> frozen reward models, sharded like the policy."""
-    reward_models = []
-    for path in paths.split(",") if paths else []:
-        model = load_reward_model(path).requires_grad_(False)
-        reward_models.append(shard(model, dtype, mesh=mesh))
-    return reward_models
+def load_reward_models(paths):
+    """Folders, comma-separated -> frozen reward models, for `shard` to read their weights."""
+    paths = paths.split(",") if paths else []
+    return [load_reward_model(path).requires_grad_(False) for path in paths]
 
 def logits_of(reward_model, ids):
     """Lists of token ids -> logits_NK; padded on the right."""
@@ -708,12 +681,12 @@ def score(reward_model, texts):
     model."""
     ids = [render(reward_model.tokenizer, *text) for text in texts]
     scores_NK = torch.zeros(len(texts), len(reward_model.axes))
-    for numbers in by_length([len(row) for row in ids]):
+    for numbers in by_length([len(row) for row in ids], SCORED_TOKENS):
         logits = logits_of(reward_model, [ids[n] for n in numbers])
         scores_NK[numbers] = logits.sigmoid().cpu()
     return scores_NK
 
-def by_length(lengths, budget=SCORED_TOKENS):
+def by_length(lengths, budget):
     """Row numbers in batches of at most `budget` tokens and about one length: little is padding.
     Longest first: what does not fit in memory fails at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -722,221 +695,156 @@ def by_length(lengths, budget=SCORED_TOKENS):
         yield order[:n]
         order = order[n:]
 
-def load_rules(path, record):
-    """A Python file with `scores(record, response) -> {axis: number}` -> a namespace of its path,
-    scores and axes (None for no path). The function is tried on `record` and an empty response:
-    what fails fails now, and its axes are known."""
+def load_rules(path, prompt):
+    """A Python file with `scores(record, response) -> {axis: number or None}`, or with
+    `group_scores(record, responses) -> [dict, ...]`, which sees a whole group -> a namespace of its
+    path, function, sees_groups and axes (None for no path). The function is tried on an empty
+    response to `prompt`: what fails fails now, and its axes are known."""
     if not path:
         return None
+    rules = SimpleNamespace(path=path)
     try:
-        function = runpy.run_path(path)["scores"]
-        axes = list(function(record, ""))  # in the order of its dict
+        module = import_file(path)
+        rules.sees_groups = hasattr(module, "group_scores")
+        rules.function = module.group_scores if rules.sees_groups else module.scores
+        [answer] = answers_of(rules, [[dict(prompt=prompt, response=[], text="", truncated=False)]])
+        if isinstance(answer, Exception):
+            raise answer
+        rules.axes = list(answer[0] if rules.sees_groups else answer)  # in the order of its dict
     except Exception as e:  # a program of the user's
         die(f"{path}: scores(record, response) failed on an empty response: {e!r}")
-    check_axes(axes, path)
-    return SimpleNamespace(path=path, scores=function, axes=axes)
+    check_axes(rules.axes, path)
+    return rules
+
+def import_file(path):
+    """Import a Python file under its own name, so that it can import its neighbours, and the
+    processes that it may start can import it."""
+    folder, name = os.path.split(os.path.realpath(path))
+    sys.path.insert(0, folder)
+    module = importlib.import_module(name.removesuffix(".py"))
+    assert os.path.realpath(module.__file__) == f"{folder}/{name}", "another module has its name"
+    return module
+
+def answers_of(rules, units):
+    """What the user's function says of each unit of rows, all of a group or a single one; or the
+    exception in which it ended."""
+    calls = []
+    for unit in units:
+        texts = [row["text"] for row in unit]
+        tokens = [len(row["response"]) for row in unit]
+        truncated = [row["truncated"] for row in unit]
+        if not rules.sees_groups:
+            [texts], [tokens], [truncated] = texts, tokens, truncated
+        record = unit[0]["prompt"]["record"] | dict(tokens=tokens, truncated=truncated)
+        calls.append(partial(rules.function, record, texts))
+    if inspect.iscoroutinefunction(rules.function):  # a judge behind a server: all at once
+        return asyncio.run(together(calls))
+    return [attempt(call) for call in calls]
+
+async def together(calls):
+    return await asyncio.gather(*[call() for call in calls], return_exceptions=True)
+
+def attempt(call):
+    try:
+        return call()
+    except Exception as e:
+        return e
+
+def numbers_of(rules, answer, n):
+    """An answer on n rows -> n lists of K numbers; what is none raises."""
+    if isinstance(answer, Exception):
+        raise answer
+    found = answer if rules.sees_groups else [answer]
+    assert len(found) == n, f"{len(found)} answers on {n} responses"
+    numbers = []
+    for scores in found:
+        assert set(scores) == set(rules.axes), f"axes {list(scores)}, before {rules.axes}"
+        values = [scores[axis] for axis in rules.axes]
+        numbers.append([math.nan if x is None else float(x) for x in values])
+    return numbers
 
 def rule_scores(rules, rows):
-    """The rules' scores of the rows of `rollout`, given each prompt's whole line -> scores_BK."""
-    scores_BK = torch.zeros(len(rows), len(rules.axes))
-    for b, row in enumerate(rows):
+    """The rules' scores of the rows of `rollout` -> scores_BK; nan or None: an axis has nothing to
+    say about a response. Where the rules fail, a response has no score on any of their axes, and it
+    is told; where they fail on all of the step's, the run ends. Every process must call it."""
+    one_unit = (lambda row: id(row["prompt"])) if rules.sees_groups else id
+    units = [list(unit) for _, unit in groupby(rows, one_unit)]
+    scores = []
+    failures = []
+    for unit, answer in zip(units, answers_of(rules, units)):
         try:
-            scores = rules.scores(row["prompt"]["record"], row["text"])
-            scores_BK[b] = torch.tensor([float(scores[axis]) for axis in rules.axes])
+            scores += numbers_of(rules, answer, len(unit))
         except Exception as e:
-            die(f"{rules.path}: scores() failed, or lacks one of its axes {rules.axes}: {e!r}")
-    return scores_BK
+            scores += [[math.nan] * len(rules.axes)] * len(unit)
+            failures.append(f"{unit[0]['prompt']['where']}: {e!r}")
+    failures = sum(collect([failures]), [])  # of all processes
+    calls = sum(collect([len(units)]))
+    told = f"{rules.path} failed in {len(failures)} of {calls} calls: {'; '.join(failures[:1])}"
+    if failures and len(failures) == calls:
+        raise Stopped(told)
+    if failures:
+        say(f"warning: {told}")
+    return torch.tensor(scores).view(len(rows), len(rules.axes))
 
-def sound_groups(run, step, scores_PGK):
-    """Which groups have finite scores only -> sound_P. The others become all equal, in place, and
-    so get no advantage; if none is left, all are NaN, and `optimizer_step` skips the loss."""
-    sound_P = scores_PGK.isfinite().flatten(1).all(1)
-    if not sound_P.all():
-        say(f"warning: step {step}: groups with scores that are not finite are left out")
-    scores_PGK[~sound_P] = 0.0 if sound_P.any() else math.nan
-    return sound_P
-
-def multipliers(run):
-    """The lambda of each axis -> K numbers; exp(-inf) = 0 for an axis without a floor."""
-    log_lambda = run.state["log_lambda"]
-    return torch.tensor([log_lambda.get(axis, -math.inf) for axis in run.axes]).exp()
-
-def move_multipliers(run, metrics):
-    """Dual ascent (2310.12773): a multiplier grows while its axis is below its floor."""
-    log_lambda = run.state["log_lambda"]
-    for axis, floor in run.cfg.floor_of.items():
-        moved = log_lambda[axis] + run.cfg.dual_lr * (floor - metrics[f"score/{axis}"])
-        if math.isfinite(moved):  # it is not when no group has sound scores
-            log_lambda[axis] = max(-5.0, min(5.0, moved))  # lambda from 0.007 to 148
-        metrics[f"lambda/{axis}"] = math.exp(log_lambda[axis])
-
-def group_metrics(scores_PGK, rewards_PG, advantages_PG, parts_PGK, axes, cfg):
+def group_metrics(run, scores_PGK, parts_PGK):
     """What the rewards saw and what moves the policy in a step -> name: mean over all groups.
+    score, missing: of the responses that an axis says something about, and the share of others.
     std, zero_std: spread within a group, and the share of groups an axis leaves without a signal.
-    conflict: share of responses above their group's mean on one axis and below it on another.
     share: of the variance of the advantages, what an axis brings; they sum to 1, and an axis
-    against which the policy is pushed has a negative one."""
-    std_PK = scores_PGK.std(1, correction=0)  # over the group
-    centred_PGK = scores_PGK - scores_PGK.mean(1, keepdim=True)
-    above_PG = (centred_PGK > cfg.std_floor).any(-1)
-    below_PG = (centred_PGK < -cfg.std_floor).any(-1)
-    variance = advantages_PG.square().mean().clamp(min=1e-12)  # their mean is 0
-    columns = dict(reward=rewards_PG, reward_std=rewards_PG.std(1, correction=0),
-                   conflict=above_PG & below_PG)  # every metric is the mean of its column
-    for k, axis in enumerate(axes):
-        columns[f"score/{axis}"] = scores_PGK[..., k]
-        columns[f"std/{axis}"] = std_PK[:, k]
-        columns[f"zero_std/{axis}"] = std_PK[:, k] < cfg.std_floor
-        columns[f"share/{axis}"] = parts_PGK[..., k] * advantages_PG / variance
-    return {name: column.double().mean().item() for name, column in columns.items()}
+    against which the policy is pushed has a negative one.
+    conflict: share of responses above their group's mean on one axis and below it on another."""
+    floor = run.cfg.std_floor
+    centred_PGK = centred(scores_PGK)
+    std_P1K = std_of_scored(scores_PGK, 1)
+    advantages_PG1 = parts_PGK.sum(-1, keepdim=True)
+    deviation_PG1 = advantages_PG1 - advantages_PG1.mean()  # the mean is 0, but for some forks
+    share_PGK = parts_PGK * deviation_PG1 / deviation_PG1.square().mean().clamp(min=1e-12)
+    above_PG = (centred_PGK > floor).any(-1)
+    below_PG = (centred_PGK < -floor).any(-1)
+    rewards_PG = (run.weights_K * centred_PGK).sum(-1)  # less their group's mean
+    metrics = dict(reward=(run.weights_K * scores_PGK).nanmean((0, 1)).nansum().item(),
+                   reward_std=rewards_PG.std(1, correction=0).mean().item(),
+                   conflict=(above_PG & below_PG).float().mean().item())
+    by_axis = dict(score=scores_PGK, missing=scores_PGK.isnan(), std=std_P1K,
+                   zero_std=std_P1K < floor, share=share_PGK)
+    for name, values in by_axis.items():
+        for axis, mean in zip(run.axes, values.float().nanmean((0, 1)).tolist()):
+            metrics[f"{name}/{axis}"] = mean
+    return metrics
 
 # --------------------------------------------------------------------------------------------------
-# 4.3 The policy: log-probs, LoRA
+# 4.3 The policy: log-probs, plain and packed; LoRA; which way is taken
 
 CHUNK_LOGITS = 2**27  # logits that exist at a time when responses are scored: 512 MB in float32
+precise = partial(torch.promote_types, torch.float32)  # dtype of sums: float32, or float64
 
-class Policy(nn.Module):
-    """A causal LM with two ways through one forward: FSDP gathers weights for that alone."""
-    def __init__(self, path):
-        super().__init__()
-        self.lm, self.tokenizer = load(AutoModelForCausalLM, path)
-        try:
-            self.lm.generation_config = GenerationConfig.from_pretrained(path)
-        except OSError:
-            pass  # there is none: the library has made one of the config
-        self.stock_attention = self.lm.config._attn_implementation  # ours is `attend`
-        self.lm.set_attn_implementation("mogrpo")
-        self.adapted = True  # read at every forward; off, a policy with LoRA is its reference
-        # Instruct models name several end tokens, in several places
-        eos = self.lm.generation_config.eos_token_id  # a number, a list or nothing
-        eos = eos if isinstance(eos, list) else [eos]
-        self.eos = sorted({*eos, self.tokenizer.eos_token_id} - {None})
-
-    def forward(self, input_ids, temperature, predictors_N=None, targets_N=None, **inputs):
-        """Sample, without targets: logits of what follows the tokens `predictors_N` (in the
-        prefill) or each row's one token. Score, with targets: logp_N of N target tokens, which the
-        hidden states of `predictors_N` predict. Many logits never exist at once: they are made a
-        chunk at a time, and again in the backward pass. At V = 150,000 those of 16,384 positions
-        would be 10 GB; the price is the head's matmul once more."""
-        head = self.lm.get_output_embeddings()
-        outputs = self.lm.base_model(input_ids=input_ids, use_cache=False, **inputs)
-        hidden_ND = outputs.last_hidden_state.flatten(0, 1)
-        if predictors_N is not None:
-            hidden_ND = hidden_ND[predictors_N]
-        hidden_ND = hidden_ND / temperature  # rather than V logits: the head is linear
-        if targets_N is None:
-            return head(hidden_ND)
-
-        def chunk_logp(hidden_ND, targets_N):
-            logits_NV = head(hidden_ND)
-            logits_NV = logits_NV.to(wide(logits_NV.dtype))
-            return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
-
-        chunk = CHUNK_LOGITS // self.lm.config.get_text_config().vocab_size
-        if len(targets_N) > chunk:
-            chunk_logp = recomputed(chunk_logp)
-        pairs = zip(hidden_ND.split(chunk), targets_N.split(chunk))
-        return torch.cat([chunk_logp(*pair) for pair in pairs])
-
-def layout(rows):
-    """(prompt_ids, response_ids) pairs -> the policy's inputs, predictors_N, targets_N.
-
-        [ padding | prompt 1 | response 1 | ... | response G | prompt 2 | response 1 | ... ]
-
-    All tokens stand end to end in one row of M; a prompt that neighbours share stands there once,
-    p + G r tokens instead of G (p + r). Positions go on after the prompt in each of its responses,
-    and the segments tell `attend` who sees whom. The end token is a target like any other; the last
-    token of a response predicts nothing, so it is not there."""
-    ids = [0]  # the padding of segments: one token
-    positions = [0]
-    prompts = []  # where in the row the tokens of each prompt are,
-    responses = []  # those of each response,
-    contexts = []  # and all that it sees
-    predictors = []
-    targets = []
-    previous = None
-    for prompt, response in rows:
-        if prompt is not previous:  # the very list: a group shares it
-            prompts.append(range(len(ids), len(ids) + len(prompt)))
-            ids += prompt
-            positions += range(len(prompt))
-            previous = prompt
-        responses.append(range(len(ids), len(ids) + len(response) - 1))
-        context = [*prompts[-1], *responses[-1]]
-        contexts.append(context)
-        ids += response[:-1]
-        positions += range(len(prompt), len(context))
-        predictors += context[len(prompt) - 1:]  # the last of the prompt predicts the first
-        targets += response
-    position_M = torch.tensor(positions, device=DEVICE)
-    segments = [segment(prompts, prompts, position_M)]
-    if any(responses):
-        segments.append(segment(responses, contexts, position_M))
-    inputs = dict(input_ids=torch.tensor([ids], device=DEVICE), position_ids=position_M[None],
-                  segments=segments)
-    return inputs, torch.tensor(predictors, device=DEVICE), torch.tensor(targets, device=DEVICE)
-
-MASKED = -1e9  # added to a product before the softmax, it leaves exactly 0
-
-def segment(queries, keys, position_M):
-    """B lists of queries and of keys, as places in the row of M, keys in the order of positions ->
-    query_BT and key_BS, padded, and the mask that is added to their products."""
-    def padded(rows):
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(DEVICE)
-
-    query_BT = padded(queries)
-    key_BS = padded(keys)
-    column_S = torch.arange(key_BS.shape[1], device=DEVICE)
-    masked_BTS = column_S > position_M[query_BT][..., None]
-    return SimpleNamespace(query_BT=query_BT, key_BS=key_BS, repeated={},
-                           mask_B1TS=MASKED * masked_BTS[:, None])
-
-def attend(module, query, key, value, attention_mask, segments=(), **options):
-    """The attention of the policy's layers, in place of the library's, whose decoders all call one
-    interface. Decode: R rows and a mask. With segments: one row of M tokens, [1, heads, M, d],
-    which is cut into the rows of each segment and put together again."""
-    if not segments:
-        assert attention_mask is not None, "inputs of the policy are made by `layout`"
-        return attention(query, key, value, attention_mask, **options), None
-    n = query.shape[1] // key.shape[1]  # query heads that share a key's
-    mixed = torch.zeros_like(query[0].transpose(0, 1))  # [M, heads, d]
-    for s in segments:
-        if n not in s.repeated:  # once for all layers
-            s.repeated[n] = s.mask_B1TS.to(query.dtype).repeat(1, 1, n, 1)
-        rows = take_rows(query, s.query_BT), take_rows(key, s.key_BS), take_rows(value, s.key_BS)
-        mixed_BThd = attention(*rows, s.repeated[n], **options)
-        mixed.index_copy_(0, s.query_BT.flatten(), mixed_BThd.flatten(0, 1))
-    return mixed[None], None
-
-def take_rows(x, numbers_BT):
-    """[1, heads, M, d] -> [B, heads, T, d]"""
-    rows = x[0].index_select(1, numbers_BT.flatten()).unflatten(1, numbers_BT.shape)
-    return rows.transpose(0, 1)
-
-def attention(query, key, value, mask, scaling=None, sliding_window=None, softcap=None, **_):
-    """[B, heads, T, d] -> [B, T, heads, d]. Query heads that share a key's are taken as one head of
-    more queries, so that no key is copied; where T > 1 the mask is already repeated for them."""
-    assert softcap is None, "it caps its attention"  # Gemma 2
-    B, heads, T, d = query.shape
-    S = key.shape[2]
-    if sliding_window and sliding_window < S:
-        seen = (mask == 0).sum(-1, keepdim=True)  # position + 1
-        mask = mask.masked_fill(torch.arange(S, device=DEVICE) < seen - sliding_window, MASKED)
-    query = query.reshape(B, key.shape[1], -1, d)
-    if T == 1:  # a decoded token
-        products = query @ key.transpose(2, 3)
-        mixed = torch.add(mask, products, alpha=scaling or d**-0.5).softmax(-1) @ value
-    else:
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    return mixed.reshape(B, heads, T, -1).transpose(1, 2)
-
-AttentionInterface.register("mogrpo", attend)
+def load_policy(path):
+    """The library's causal model of a folder or hub id, its weights not read yet (see `load`). Its
+    attributes: tokenizer, eos (its end tokens), generation (the folder's settings), fast (see
+    `choose_way`) and adapted (read at every forward; off, one with LoRA is its own reference)."""
+    policy = load(AutoModelForCausalLM, path)
+    policy.fast = False
+    policy.adapted = True
+    policy.packed_logp = partial(packed_logp, policy)  # FSDP makes it a forward: see `shard`
+    try:
+        policy.generation = transformers.GenerationConfig.from_pretrained(path)
+    except OSError:  # there is none: the library has made one of the config
+        policy.generation = policy.generation_config
+    policy.generation_config = transformers.GenerationConfig()  # no top-k, no penalties
+    # Instruct models name several end tokens, in several places
+    eos = policy.generation.eos_token_id  # a number, a list or nothing
+    eos = eos if isinstance(eos, list) else [eos]
+    policy.eos = sorted({*eos, policy.tokenizer.eos_token_id} - {None})
+    return policy
 
 def response_logp(policy, rows, temperature):
     """Log-probs of all response tokens of (prompt_ids, response_ids) pairs -> logp_N."""
-    inputs, predictors_N, targets_N = layout(rows)
-    return policy(temperature=temperature, predictors_N=predictors_N, targets_N=targets_N, **inputs)
+    if policy.fast:
+        batch = SimpleNamespace(rows=rows)  # in a list FSDP looks for tensors, token by token
+        return policy.packed_logp(batch, temperature)
+    logits_NV = plain_logits(policy, rows) / temperature
+    targets = [token for _, response in rows for token in response]
+    return token_logp(logits_NV, torch.tensor(targets, device=DEVICE))
 
 def reference_logp(run, batch):
     """log pi_ref of a micro-batch -> ref_logp_N. With beta = 0 it does not matter: pi_old's do."""
@@ -947,6 +855,154 @@ def reference_logp(run, batch):
         logp_N = response_logp(run.reference or run.policy, batch.rows, run.cfg.temperature)
     run.policy.adapted = True
     return logp_N
+
+def plain_logits(policy, rows):
+    """The library's own logits_NV for the response tokens of (prompt_ids, response_ids) pairs; all
+    of them exist at a time. Rows are padded on the right, where a causal model never looks."""
+    ids = [torch.tensor(prompt + response, device=DEVICE) for prompt, response in rows]
+    ids_BS = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    logits_BSV = policy(input_ids=ids_BS, use_cache=False).logits
+    logits = []
+    for (prompt, response), logits_SV in zip(rows, logits_BSV):
+        first = len(prompt) - 1  # the last token of the prompt predicts the first of the response
+        logits.append(logits_SV[first:first + len(response)])
+    return torch.cat(logits)
+
+def token_logp(logits_NV, targets_N):
+    logits_NV = logits_NV.to(precise(logits_NV.dtype))
+    return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
+def packed_logp(policy, batch, temperature):
+    """logp_N by a row without padding in which neighbours share their prompt, and by logits that
+    are made a chunk at a time, and again in the backward pass: at V = 150,000 those of 16,384
+    tokens would be 10 GB. The price is the head's matmul once more."""
+    hidden_ND, targets_N = packed_hidden(policy, batch.rows)
+
+    def chunk_logp(hidden_ND, targets_N):
+        return token_logp(head_logits(policy, hidden_ND, temperature), targets_N)
+
+    chunk = CHUNK_LOGITS // policy.config.get_text_config().vocab_size
+    if len(targets_N) > chunk:
+        chunk_logp = recomputed(chunk_logp)
+    pairs = zip(hidden_ND.split(chunk), targets_N.split(chunk))
+    return torch.cat([chunk_logp(*pair) for pair in pairs])
+
+def head_logits(policy, hidden_ND, temperature):
+    return policy.get_output_embeddings()(hidden_ND / temperature)  # linear: V divisions saved
+
+def packed_hidden(policy, rows):
+    """hidden_ND of the tokens before each response token, and these tokens: targets_N."""
+    groups = []  # (prompt, its responses), of neighbours that share the very list
+    for prompt, response in rows:
+        if not groups or groups[-1][0] is not prompt:
+            groups.append((prompt, []))
+        groups[-1][1].append(response)
+    inputs, predictors_N, targets_N = layout(groups)
+    hidden_1MD = policy.base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden_1MD[0, predictors_N], targets_N
+
+def layout(groups):
+    """(prompt_ids, [response_ids, ...]) of each group -> the model's inputs, predictors_N,
+    targets_N.
+
+        [ padding | prompt 1 | response 1 | ... | response G | prompt 2 | response 1 | ... ]
+
+    All tokens stand end to end in one row of M: p + G r tokens instead of G (p + r). Positions go
+    on after the prompt in each of its responses, and the segments tell `attend` who sees whom. The
+    end token is a target like any other; the last token of a response predicts nothing, so it is
+    not there."""
+    ids = [0]  # the padding of segments: one token
+    positions = [0]
+    prompt_places, response_places = [], []  # of each text, where in the row its tokens are,
+    contexts = []  # and of each response all that it sees
+    predictors, targets = [], []
+
+    def append(tokens, position):
+        first = len(ids)
+        ids.extend(tokens)
+        positions.extend(range(position, position + len(tokens)))
+        return range(first, len(ids))
+
+    for prompt, responses in groups:
+        prompt_places.append(append(prompt, 0))
+        for response in responses:
+            response_places.append(append(response[:-1], len(prompt)))
+            contexts.append([*prompt_places[-1], *response_places[-1]])
+            predictors += contexts[-1][len(prompt) - 1:]  # the prompt's last predicts the first
+            targets += response
+    position_M = torch.tensor(positions, device=DEVICE)
+    segments = [segment(prompt_places, prompt_places, position_M)]
+    if any(response_places):
+        segments.append(segment(response_places, contexts, position_M))
+    inputs = dict(input_ids=torch.tensor([ids], device=DEVICE), position_ids=position_M[None],
+                  segments=segments)
+    return inputs, torch.tensor(predictors, device=DEVICE), torch.tensor(targets, device=DEVICE)
+
+def segment(queries, keys, position_M):
+    """B lists of queries and of keys, as places in the row of M, keys in the order of positions ->
+    query_BT and key_BS, padded, and how far back each query sees each key."""
+    def padded(rows):
+        tensors = [torch.tensor(row, dtype=torch.long, device=DEVICE) for row in rows]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+    query_BT = padded(queries)
+    key_BS = padded(keys)
+    key_BS = nn.functional.pad(key_BS, (0, -key_BS.shape[1] % 8))  # or fused attention copies masks
+    back_BTS = position_M[query_BT][..., None] - torch.arange(key_BS.shape[1], device=DEVICE)
+    return SimpleNamespace(query_BT=query_BT, key_BS=key_BS, back_BTS=back_BTS, masks={})
+
+MASKED = -1e9  # added to a product before the softmax, it leaves exactly 0
+
+def mask_of(view, heads, window, dtype):
+    """What is added to the products, once for all layers of one kind; of so many query heads that
+    share a key's. A query sees what is 0 to `window` - 1 tokens back."""
+    key = heads, window
+    if key not in view.masks:
+        is_masked_BTS = view.back_BTS < 0
+        if window:
+            is_masked_BTS = is_masked_BTS | (view.back_BTS >= window)
+        view.masks[key] = (MASKED * is_masked_BTS).to(dtype).repeat(1, heads, 1)[:, None]
+    return view.masks[key]
+
+def attend(module, query, key, value, attention_mask, segments=(), cache=None, scaling=None,
+           sliding_window=None, softcap=None, **_):
+    """The attention of the policy's layers in place of the library's, whose decoders all call one
+    interface: [B, heads, T, d] -> [B, T, heads, d]. With segments: one row of M tokens, cut into
+    the rows of each segment and put together again; a cache keeps its keys and values. Without
+    segments: one token of each row in the cache."""
+    assert softcap is None, "it caps its attention"
+    heads = query.shape[1] // key.shape[1]  # query heads that share a key's
+    if not segments:
+        key, value = cache.append(module.layer_idx, key, value)
+        mask = mask_of(cache, heads, sliding_window, query.dtype)
+        return attention(query, key, value, mask, scaling), None
+    mixed = torch.zeros_like(query[0].transpose(0, 1))  # [M, heads, d]
+    for s in segments:
+        rows = take_rows(query, s.query_BT), take_rows(key, s.key_BS), take_rows(value, s.key_BS)
+        mixed_BThd = attention(*rows, mask_of(s, heads, sliding_window, query.dtype), scaling)
+        mixed.index_copy_(0, s.query_BT.flatten(), mixed_BThd.flatten(0, 1))
+    if cache is not None:
+        cache.begin(module.layer_idx, key, value)
+    return mixed[None], None
+
+def take_rows(x, numbers_BT):
+    """[1, heads, M, d] -> [B, heads, T, d]"""
+    rows = x[0].index_select(1, numbers_BT.flatten()).unflatten(1, numbers_BT.shape)
+    return rows.transpose(0, 1)
+
+def attention(query, key, value, mask, scaling):
+    """[B, heads, T, d] -> [B, T, heads, d]. Query heads that share a key's are taken as one head of
+    more queries, so that no key is copied; the mask is repeated for them."""
+    B, heads, T, d = query.shape
+    query = query.reshape(B, key.shape[1], -1, d)
+    if T == 1 and query.dtype != torch.bfloat16:  # a CPU is faster so
+        products = query @ key.transpose(2, 3)
+        mixed = torch.add(mask, products, alpha=scaling or d**-0.5).softmax(-1) @ value
+    else:  # fused: bfloat16's products are not rounded before the softmax
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return mixed.reshape(B, heads, T, -1).transpose(1, 2)
+
+transformers.AttentionInterface.register("mogrpo", attend)
 
 def add_lora(policy, rank, alpha):
     """LoRA (2106.09685) on all linear layers of the blocks: W x becomes W x + (alpha / rank) B A x,
@@ -959,20 +1015,20 @@ def add_lora(policy, rank, alpha):
             return y + adapter * linear.lora_scale
 
     linears = [m for m in blocks(policy).modules() if isinstance(m, nn.Linear)]
-    require(linears, f"--lora_rank: the blocks of {type(policy.lm).__name__} have no nn.Linear")
+    require(linears, f"--lora_rank: the blocks of {type(policy).__name__} have no nn.Linear")
     for linear in linears:
         A = torch.randn(rank, linear.in_features) / (3 * linear.in_features)**0.5
         linear.lora_A = nn.Parameter(A)
         linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))  # at first no change
         linear.lora_scale = alpha / rank
         linear.register_forward_hook(adapt)  # W keeps its name and place
-    named = policy.lm.named_parameters()
-    policy.lm.added = {name: p.data for name, p in named if "lora_" in name}  # for `fill`
+    named = policy.named_parameters()
+    policy.added = {name: p.data for name, p in named if "lora_" in name}  # for `load_weights`
 
 def save_adapter(policy, path, cfg):
     """Write the adapter alone, in PEFT's format: `PeftModel.from_pretrained(base_model, path)`."""
     adapter = {}  # whole weights of one rank: small
-    for name, p in policy.lm.named_parameters():
+    for name, p in policy.named_parameters():
         if p.requires_grad:  # gathered by all processes together
             adapter[f"base_model.model.{name}.weight"] = p.full_tensor().cpu()
     if IS_FIRST:
@@ -983,26 +1039,61 @@ def save_adapter(policy, path, cfg):
             peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.policy,
             r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=sorted(layers))))
 
-def check_support(policy):
-    """Refuse a model whose sampler, trainer and stock logits are not one distribution: our cache,
-    attention and head assume causal attention with positions and logits = head(hidden)."""
-    prompts = [[3, 4, 5], [3]]  # the second will be padded
-    try:
-        with gathered(policy):
-            responses, logps = sample(policy, prompts, torch.full((2, 6), 0.5), 1.0)
-            pair = prompts[1], responses[1]
-            trained = response_logp(policy, [pair], 1.0)
-            policy.lm.set_attn_implementation(policy.stock_attention)
-            ids = torch.tensor([sum(pair, [])], device=DEVICE)
-            stock = -policy.lm(input_ids=ids, labels=ids).loss  # of all but the first token
-            policy.lm.set_attn_implementation("mogrpo")
-        means = torch.tensor([logps[1].mean(), trained.mean(), stock])
-        assert means.max() - means.min() < 0.1, f"log-probs differ: {means}"  # bfloat16: by 0.03
-    except Exception as e:  # models of others fail in any way they like
-        die(f"{type(policy.lm).__name__} is not supported: {e}")
+def go(policy, fast):
+    """Let a policy take the fast way, or the library's own."""
+    policy.fast = fast
+    policy.set_attn_implementation("mogrpo" if fast else policy.stock_attention)
+
+@torch.no_grad()
+def choose_way(policy, cfg):
+    """Take the fast way where it gives the library's numbers: log-probs of the whole vocabulary, at
+    the run's temperature, with these weights, on text longer than the model's attention window. The
+    bound calibrates itself: the library's own two ways, with its cache and without, differ by e
+    (bfloat16's rounding grows with the logits), and ours may by 2 e."""
+    config = policy.config.get_text_config()
+    temperature = max(0.1, cfg.temperature)
+    T = min(16, cfg.max_new_tokens)
+    # Text past the model's window, whatever its name, but no longer than this run's longest row
+    windows = [n for name, n in config.to_dict().items()
+               if isinstance(n, int) and re.search("window|chunk", name)]
+    longest = min(max(256, *windows), cfg.max_prompt_tokens + cfg.max_new_tokens - T)
+    draw = random.Random(0).choices
+    prompts = [draw(range(config.vocab_size), k=length) for length in (longest, 5)]
+
+    def gap(logits_NV):
+        difference_NV = logits_NV.log_softmax(-1) - stock_NV.log_softmax(-1)
+        return difference_NV.abs().max().item()
+
+    go(policy, fast=False)
+    with gathered(policy):
+        out = policy.generate(**left_padded(policy, prompts), max_new_tokens=T, do_sample=False,
+                              pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+        tokens_PT = out.sequences[:, -T:]
+        rows = list(zip(prompts, tokens_PT.tolist()))
+        stock_NV = torch.cat([plain_logits(policy, [row]) for row in rows]).float() / temperature
+        e = gap(torch.stack(out.logits, 1).flatten(0, 1) / temperature)
+        require(e < 1, f"{policy.name_or_path}: no causal language model, or broken weights: the "
+                f"library's log-probs with its cache and without differ by {e:.2g}")
+        try:
+            go(policy, fast=True)
+            hidden_ND, _ = packed_hidden(policy, rows)
+            packed_NV = head_logits(policy, hidden_ND, temperature)
+            logits_PV, cache = prefill(policy, prompts, 1, T, temperature)
+            decoded = [logits_PV]
+            for token_P in tokens_PT[:, :-1].T:
+                decoded.append(decode(policy, cache, token_P, temperature))
+            decoded_NV = torch.stack(decoded, 1).flatten(0, 1)
+            differ = max(gap(packed_NV.float()), gap(decoded_NV.float()))
+            reason = f"ours differ by {differ:.2g}, its own two ways by {e:.2g}"
+        except Exception as error:  # models of others fail in any way they like
+            differ, reason = math.inf, f"ours fail: {last_line(error)}"
+    is_equal = all(collect([differ <= 2 * e + 1e-5]))
+    go(policy, cfg.fast and is_equal)
+    if not is_equal:
+        say(f"{type(policy).__name__} takes the library's cache and logits, slower: {reason}")
 
 # --------------------------------------------------------------------------------------------------
-# 4.4 Sampling: gathered weights, the cache
+# 4.4 Sampling: gathered weights, the fast sampler
 
 @contextmanager
 def gathered(model):
@@ -1024,36 +1115,104 @@ def gathered(model):
         module._forward_hooks = after
         module.reshard()  # frees the copy before the update needs the memory
 
-class Cache:
-    """Keys and values of the rows that are decoded, for the library's attention layers. A token's
-    column is its position. All columns are there from the beginning, written in place and read up
-    to `width`, so that no address changes while tokens are decoded."""
-    def __init__(self, prompts, token_RL, new_tokens):
-        """`prompts`: the library's cache of all prompts end to end; token_RL: where in it are
-        those of each row."""
-        column_RS = nn.functional.pad(token_RL, (0, new_tokens))  # the new ones: anything at first
-        self.layers = []  # of each [keys, values], [R, heads, columns, d]
-        for layer in prompts.layers:
-            pair = [take_rows(x, column_RS).contiguous() for x in (layer.keys, layer.values)]
-            self.layers.append(pair)
+def left_padded(policy, rows):
+    """Lists of token ids -> input_ids and attention_mask; all rows end in the same column."""
+    tokenizer = policy.tokenizer
+    padded = tokenizer.pad(dict(input_ids=rows), padding_side="left", return_tensors="pt")
+    return padded.to(DEVICE)
 
-    def place(self, position_R1, width):
-        """The next tokens come to these columns -> the mask of what they see."""
-        self.position = position_R1[:, :, None, None]
-        self.width = width
-        masked_RS = torch.arange(width, device=DEVICE) > position_R1
-        return MASKED * masked_RS[:, None, None].to(self.layers[0][0].dtype)
+USE_GRAPHS = CUDA
+LOOK_EVERY = 64 if CUDA else 4  # tokens between two looks at which rows have ended
 
-    def update(self, key, value, layer, *_, **__):
-        """What a layer calls: its new keys and values -> all that there are."""
-        for x, new in zip(self.layers[layer], (key, value)):
-            x.scatter_(2, self.position.expand_as(new), new)
-        return [x[:, :, :self.width] for x in self.layers[layer]]
+@torch.no_grad()
+def fast_sample(policy, prompts, u_BT, temperature):
+    """What `sample` does, but each prompt is read once for its group, rows leave when they have
+    ended, no address changes while tokens are decoded, and nothing waits for the GPU: so that a
+    turn can be recorded. Nothing is communicated, so processes may stop at different lengths."""
+    B, T = u_BT.shape
+    u_BT = u_BT.to(DEVICE)
+    logp_BT = torch.zeros_like(u_BT)
+    tokens_BT = logp_BT.long()
+    end_tokens = torch.tensor(policy.eos, device=DEVICE)
+    row_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
+    # The turn is a tensor, since a recorded graph would not see a Python number change
+    t_1 = torch.zeros(1, dtype=torch.long, device=DEVICE)
+
+    def choose(logits_RV):
+        token_R, logp_R = pick(logits_RV, u_BT[row_R, t_1])
+        tokens_BT[row_R, t_1] = token_R
+        logp_BT[row_R, t_1] = logp_R.to(logp_BT.dtype)
+
+    def turn():
+        logits_RV = decode(policy, cache, tokens_BT[row_R, t_1], temperature)
+        t_1.add_(1)
+        choose(logits_RV)
+
+    G = B // len(prompts)
+    logits_PV, cache = prefill(policy, prompts, G, T, temperature)
+    choose(logits_PV.repeat_interleave(G, 0))
+    t = 1
+    while t < T and not must_stop():
+        has_ended_R = torch.isin(tokens_BT[row_R, :t], end_tokens).any(1)
+        going = (~has_ended_R).nonzero().squeeze(1)  # waits for the GPU
+        if len(going) == 0:
+            break
+        if len(going) < len(row_R):
+            cache.keep(going)
+            row_R = row_R[going]
+        turns = min(LOOK_EVERY, T - t)
+        cache.width = max(map(len, prompts)) + t + turns - 1  # columns that are read
+        cache.width += -cache.width % 8  # or fused attention copies the mask in every call
+        repeat(turn, turns)
+        t += turns
+    return up_to_end(tokens_BT, logp_BT, policy.eos)
+
+def prefill(policy, prompts, G, T, temperature):
+    """Read each of P prompts once, all end to end -> logits_PV of what follows, and the cache of
+    G rows a prompt, with place for T new tokens."""
+    inputs, _, _ = layout([(prompt, []) for prompt in prompts])
+    length_P = torch.tensor([len(prompt) for prompt in prompts], device=DEVICE)
+    cache = Cache()
+    place_RS = inputs["segments"][0].key_BS.repeat_interleave(G, 0)
+    cache.place_RS = nn.functional.pad(place_RS, (0, T + -T % 8))  # the new ones: of anything
+    cache.position_R1 = length_P.repeat_interleave(G)[:, None] - 1
+    cache.width = cache.place_RS.shape[1]
+    hidden_1MD = policy.base_model(**inputs, cache=cache, use_cache=False).last_hidden_state
+    last_P = length_P.cumsum(0)  # the first place is padding
+    return head_logits(policy, hidden_1MD[0, last_P], temperature), cache
+
+def decode(policy, cache, token_R, temperature):
+    """The next token of each row -> logits_RV of what follows it."""
+    cache.position_R1.add_(1)
+    cache.back_BTS = cache.position_R1[..., None] - torch.arange(cache.width, device=DEVICE)
+    cache.masks = {}
+    hidden_R1D = policy.base_model(
+        input_ids=token_R[:, None], position_ids=cache.position_R1, cache=cache, use_cache=False,
+        attention_mask=cache.position_R1[..., None, None]).last_hidden_state  # `attend` ignores it,
+    # but some models without one would look for padding, and wait
+    return head_logits(policy, hidden_R1D[:, 0], temperature)
+
+class Cache(dict):
+    """Keys and values of the rows that are decoded: {layer: [keys, values]}, [R, heads, columns,
+    d], filled by `attend`. A token's column is its position. All columns are there from the
+    beginning, written in place and read up to `width`, so that no address changes while tokens are
+    decoded."""
+    def begin(self, layer, *pair):
+        """Each row gets its prompt's."""
+        self[layer] = [take_rows(x, self.place_RS).contiguous() for x in pair]
+
+    def append(self, layer, *pair):
+        """Those of the next tokens -> of all tokens."""
+        column_R111 = self.position_R1[:, :, None, None]
+        for x, new in zip(self[layer], pair):
+            x.scatter_(2, column_R111.expand_as(new), new)
+        return [x[:, :, :self.width] for x in self[layer]]
 
     def keep(self, rows):
         """Go on with these rows only."""
-        for layer, pair in enumerate(self.layers):
-            self.layers[layer] = [x[rows] for x in pair]  # a layer at a time
+        self.position_R1 = self.position_R1[rows]
+        for layer, pair in self.items():
+            self[layer] = [x[rows] for x in pair]  # a layer at a time
 
 def repeat(step, n):
     """Call `step` n times. On a GPU it is recorded after the first and then replayed: to launch two
@@ -1082,30 +1241,13 @@ def as_graph(step):
 # --------------------------------------------------------------------------------------------------
 # 4.5 The update: micro-batches
 
-def micro_batches(run, rows, advantages_B):
-    """The rows of `rollout` and an advantage for each -> micro-batches of at most `micro_tokens`
-    padded tokens, as many on every process; and the step's counts of responses, tokens and ended
-    responses, over all processes."""
-    cfg = run.cfg
-    pairs = [(row["prompt"]["ids"], row["response"]) for row in rows]
-    lengths_B = torch.tensor([len(response) for _, response in pairs])
-    ended = [response[-1] in run.policy.eos for _, response in pairs]  # else cut at T
-    counts = total(dict(responses=len(rows), tokens=lengths_B.sum(), ended=sum(ended)))
-    shares_B = token_shares(lengths_B, counts, cfg)
-    prompt_lengths_B = torch.tensor([len(prompt) for prompt, _ in pairs])
-    # With the tokens of its longest response for each, a group stays together
-    longest_B = lengths_B.view(-1, cfg.group_size).amax(1).repeat_interleave(cfg.group_size)
-    batches = []  # of this process
-    for numbers in by_length(prompt_lengths_B + longest_B, cfg.micro_tokens):
-        # The row of each token: what a response has, all its tokens have
-        row_N = torch.tensor(numbers).repeat_interleave(lengths_B[numbers])
-        batches.append(SimpleNamespace(
-            rows=[pairs[b] for b in numbers],
-            sampler_logp_N=torch.cat([rows[b]["sampler_logp"] for b in numbers]).to(DEVICE),
-            advantage_N=advantages_B[row_N].to(DEVICE),
-            token_share_N=shares_B[row_N].to(DEVICE)))
-    even_out(batches)
-    return batches, counts
+def packed_together(rows, cfg):
+    """Which of the rows of `rollout` make a micro-batch -> lists of row numbers, each of at most
+    `micro_tokens` padded tokens. A group stays together, as if all were as long as its longest."""
+    widths_B = torch.tensor([len(row["prompt"]["ids"]) + len(row["response"]) for row in rows])
+    widest_PG = widths_B.view(-1, cfg.group_size)
+    longest_B = widest_PG.amax(1).repeat_interleave(cfg.group_size)
+    return by_length(longest_B.tolist(), cfg.micro_tokens)
 
 def even_out(batches):
     """FSDP gathers weights in every forward, so all processes must run equally many: those with
@@ -1118,8 +1260,15 @@ def step_metrics(run, sums, counts, grad_norm):
     """What an update has for metrics.jsonl, summed over processes."""
     return total(sums) | dict(
         grad_norm=grad_norm, length=counts["tokens"] / counts["responses"],
-        truncated=1 - counts["ended"] / counts["responses"],
+        truncated=counts["truncated"] / counts["responses"],
         lr=run.optimizer.param_groups[0]["lr"], skipped=run.state["skipped"])
+
+@contextmanager
+def timed(run, phase):
+    """Seconds of a step's phase, for metrics.jsonl."""
+    start = time.perf_counter()
+    yield
+    run.seconds[phase] += time.perf_counter() - start
 
 # --------------------------------------------------------------------------------------------------
 # 4.6 Logs and results
@@ -1130,6 +1279,7 @@ def open_logs(run):
     """Cut the logs to where the run stands: rows of lost steps go."""
     run.wants_header = True  # above the first line of a table of steps
     run.board = None
+    run.warned = False  # of the sampler's gap
     if IS_FIRST and run.cfg.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -1164,32 +1314,9 @@ def log_samples(run, step, rows, scores_BK, heldout):
     for row in sum(collect([logged]), []):  # process after process
         write_row(run, "samples.jsonl", row)
 
-def announce(run):
-    """What is about to be done; and advice if the learning rate is far from what fits."""
-    cfg = run.cfg
-    size = sum(p.numel() for p in run.policy.parameters())  # whole, however it is sharded
-    say(f"policy of {size / 1e6:.1f}M parameters; a step is {cfg.prompts_per_step} prompts x "
-        f"{cfg.group_size} responses of up to {cfg.max_new_tokens} tokens")
-    usual_lr = 1e-6 * (5e9 / size)**0.67  # a rule of thumb, between 0.3M and 14B
-    if cfg.lora_rank > 0:
-        usual_lr *= 10
-    if cfg.lr < usual_lr / 4:
-        say(f"advice: with --lr={cfg.lr:g} so small a model hardly learns; try {usual_lr:.0e}")
-
-def seconds_of(metrics):
-    """What a step took."""
-    return metrics["sec/sample"] + metrics["sec/score"] + metrics["sec/train"]
-
-def foretell(metrics, steps_left):
-    """After the first step: how long the run will take."""
-    left = timedelta(seconds=round(seconds_of(metrics) * steps_left))
-    say(f"{steps_left} steps like this one will take {left} (hours:minutes:seconds)")
-    if left > timedelta(hours=1) and not CUDA:
-        say("advice: on a CPU take fewer --prompts_per_step and --max_new_tokens")
-
 def log_step(run, step, metrics):
     """A step's metrics into metrics.jsonl, and a line on the terminal."""
-    seconds = seconds_of(metrics)
+    seconds = sum(run.seconds.values())
     tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the host; Linux: KiB
     if CUDA:
@@ -1199,22 +1326,76 @@ def log_step(run, step, metrics):
     if IS_FIRST:  # a resumed run cuts off what comes after
         for name in LOGS:
             run.state["log_sizes"][name] = os.path.getsize(f"{run.cfg.out_dir}/{name}")
+    if metrics["sampler_gap"] > (0.2 if run.dtype == torch.bfloat16 else 0.05) and not run.warned:
+        run.warned = True  # once
+        say(f"warning: the sampler's log-probs are {metrics['sampler_gap']:.2f} off the trainer's")
     if step % run.cfg.log_interval > 0 and step not in (1, run.cfg.steps):
         return
-    header = f"\n{'step':>6}{'reward':>9}{'kl':>8}{'length':>8}{'sec':>7}"
-    line = f"{step:>6}{metrics['reward']:>9.3f}{metrics['kl']:>8.3f}{metrics['length']:>8.1f}"
-    line += f"{seconds:>7.2f}"
+    left = timedelta(seconds=round(seconds * (run.cfg.steps - step)))
+    columns = dict(step=f"{step:>6}", reward=f"{metrics['reward']:>9.3f}",
+                   kl=f"{metrics['kl']:>8.3f}", length=f"{metrics['length']:>8.1f}",
+                   sec=f"{seconds:>7.2f}", left=f"{left!s:>9}")
     for axis in run.axes:  # its mean score, and its share of what moves the policy
-        cell = f"{metrics[f'score/{axis}']:.2f}{metrics[f'share/{axis}']:>6.0%}"
-        header += f"  {axis:>10}"
-        line += f"  {cell:>{max(10, len(axis))}}"
+        cell = f"{metrics[f'score/{axis}']:.2f}{metrics[f'share/{axis}']:>5.0%}"
+        columns[axis] = cell.rjust(max(11, 1 + len(axis)))
     if run.wants_header:
-        say(header[:101])  # a line of a terminal; metrics.jsonl has the rest
-    say(line[:100])
+        header = "".join(name.rjust(len(cell)) for name, cell in columns.items())
+        say("\n" + header[:100])  # a line of a terminal; metrics.jsonl has the rest
+    say("".join(columns.values())[:100])
     run.wants_header = False
+
+def answer_heldout(run):
+    """This process's held-out prompts answered and scored -> rows, scores_BE, the names of the E
+    scores, learned and true. The random numbers are the same every time, so that steps compare."""
+    cfg = run.cfg
+    prompts = run.heldout[run.rank::run.world]
+    rows = rollout(run.policy, prompts, (cfg.seed, "eval"), cfg.eval_samples, cfg)
+    learned_BK = score_responses(rows, run.reward_models, run.rules)
+    true_BJ = score_responses(rows, [], run.truth)  # J is 0 without --truth
+    names = [f"eval/{axis}" for axis in run.axes]
+    names += [f"true/{axis}" for axis in axes_of([], run.truth)]
+    return rows, torch.cat([learned_BK, true_BJ], 1), names
+
+def evaluate(run, step):
+    """Mean scores of the held-out prompts' answers, into metrics.jsonl and on the terminal."""
+    if not run.heldout:
+        return
+    rows, scores_BE, names = answer_heldout(run)
+    log_samples(run, step, rows, scores_BE, heldout=True)
+    sums = total(dict(zip(names, scores_BE.double().nansum(0))))
+    counts = total(dict(zip(names, scores_BE.isfinite().sum(0))))
+    means = {name: sums[name] / (counts[name] or math.nan) for name in names}  # of those with one
+    write_row(run, "metrics.jsonl", dict(step=step) | means)
+
+    before = run.state["before"]
+    say(f"\n{f'held out, step {step}':<26}{'before':>8}{'now':>8}")
+    for name, mean in means.items():
+        say(f"  {name:<24}{before.get(name, '-'):>8}{mean:>8.3f}")
+    for row in rows[::max(1, len(rows) // 3)][:3]:
+        say(f"  > {row['prompt']['messages'][-1]['content']!r}\n    {row['text']!r}")
+    if step == 0:
+        before |= {name: f"{mean:.3f}" for name, mean in means.items()}
+    run.wants_header = True
+
+def save_results(run):
+    """policy/ and, with LoRA, adapter/."""
+    cfg = run.cfg
+    save_folder(run.policy, f"{cfg.out_dir}/policy", run.policy.saved_dtype)  # as precise as read
+    if cfg.lora_rank > 0:
+        save_adapter(run.policy, f"{cfg.out_dir}/adapter", cfg)
+    say(f"saved in {cfg.out_dir}: policy/ (a Hugging Face folder), metrics.jsonl, samples.jsonl, "
+        "checkpoint/ (for --resume)")
 
 # --------------------------------------------------------------------------------------------------
 # 4.7 Processes, sharding, folders
+
+THREADS = torch.get_num_threads()
+
+def set_threads(model):
+    """Of a CPU. Below some millions of parameters two wait for each other longer than they work."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        is_tiny = sum(p.numel() for p in model.parameters()) < 2e6
+        torch.set_num_threads(1 if is_tiny else THREADS)
 
 def join_world(dtype="auto", alone=False):
     """Join torchrun's process group, or be a group of one -> rank, world size, compute dtype."""
@@ -1232,7 +1413,9 @@ def join_world(dtype="auto", alone=False):
     # An hour: one process may decode far longer than the others before they meet
     dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=timedelta(hours=1),
                             **group_of_one)
-    return dist.get_rank(), dist.get_world_size(), DTYPES[dtype]
+    if dtype == "auto":
+        dtype = "bfloat16" if CUDA else "float32"
+    return dist.get_rank(), dist.get_world_size(), getattr(torch, dtype)
 
 def collect(rows):
     """What the processes made of rows[rank::world], on every process and in the order of `rows`."""
@@ -1259,9 +1442,9 @@ def device_mesh(hsdp=True):
     row and replicated across. Made once for all models of a run, since each mesh has process groups
     of its own, and these memory on the GPU."""
     world = dist.get_world_size()
-    row = world
-    if hsdp:
-        row = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun's: a node's processes
+    row = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))  # torchrun's: a node's
+    if row == world or not hsdp:
+        return dist.init_device_mesh(DEVICE.type, (world,))
     return dist.init_device_mesh(DEVICE.type, (world // row, row),
                                  mesh_dim_names=("replicate", "shard"))
 
@@ -1275,7 +1458,7 @@ def shard(model, dtype, recompute="False", mesh=None):
     recompute: keep a block's input only and run the block again in the backward pass; a choice
     of --recompute."""
     mesh = mesh or device_mesh()
-    precision = MixedPrecisionPolicy(dtype, reduce_dtype=wide(dtype))
+    precision = MixedPrecisionPolicy(dtype, reduce_dtype=precise(dtype))
     wrap = partial(fully_shard, mesh=mesh, mp_policy=precision)
     frozen = not any(p.requires_grad for p in model.parameters())  # LoRA trains A and B
     for p in model.parameters():
@@ -1287,38 +1470,42 @@ def shard(model, dtype, recompute="False", mesh=None):
         wrap(block)  # gathered while the block before it runs
     # FSDP keeps a root gathered for its backward; a frozen model has none
     wrap(model, reshard_after_forward=frozen)
-    return fill(model)
+    if hasattr(model, "packed_logp"):  # beside forward
+        register_fsdp_forward_method(model, "packed_logp")
+    return load_weights(model)
 
 def recomputed(forward):
     """`forward`, run again in the backward pass."""
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 def load(auto_class, path, **head):
-    """An `auto_class` model of a folder or hub id, on the meta device until `shard` or `fill` reads
-    its weights, and its tokenizer. `head`: config values of a fresh head. A tokenizer without a pad
-    token pads with its end token, which is safe: padding is told by position everywhere."""
+    """An `auto_class` model of a folder or hub id, on the meta device until `shard` or
+    `load_weights` reads its weights; its attribute `tokenizer`. `head`: config values of a fresh
+    head. A tokenizer without a pad token pads with its end token, which is safe: padding is told by
+    position everywhere."""
     safe = dict(trust_remote_code=False)  # unset, the library would stop and ask
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
-        config = AutoConfig.from_pretrained(path, **safe, **head)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
+        config = transformers.AutoConfig.from_pretrained(path, **safe, **head)
         with torch.device("meta"):  # no memory, no random numbers: a second for 14B
             model = auto_class.from_config(config, **safe).float()
-        model.eval()  # no dropout: noise in a score, and rho would differ from 1
     except Exception as e:  # somebody else's files fail in any way they like
         die(f"{path}: no such folder or hub model, or none that {auto_class.__name__} knows: {e}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids),
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
-    model.config.architectures = [type(model).__name__]  # FSDP will give it another name
+    model.eval()  # no dropout: noise in a score, and rho would differ from 1
+    model.tokenizer = tokenizer
+    model.stock_attention = config._attn_implementation
     model.saved_dtype = config.dtype or torch.float32
     model.added = {}  # weights that are in no file
-    return model, tokenizer
+    return model
 
 def read_weights(model):
     """{name: weight} of a model of `load`, read by the library, whole and into the host's memory.
     Only safetensors: a pickle can run code."""
     path = model.name_or_path
-    model_class = getattr(transformers, model.config.architectures[0])
+    model_class = getattr(transformers, type(model).__name__.removeprefix("FSDP"))
     try:
         whole, info = model_class.from_pretrained(
             path, config=model.config, dtype="auto", use_safetensors=True,
@@ -1332,51 +1519,43 @@ def read_weights(model):
     require(not odd, f"{path}: its files and config.json do not agree on {sorted(odd)[:3]}")
     return whole.state_dict() | model.added
 
-def fill(model):
+def load_weights(model):
     """Read the weights of a model on the meta device: the first process reads them all and sends
     one after the other, and each process keeps its rows."""
     model.to_empty(device=DEVICE)  # of a sharded model this is 1/N
-    lm = getattr(model, "lm", model)  # what `load` has made
-    lm.tie_weights()  # a plain module forgets it in to_empty
-    for p in lm.parameters():
+    model.tie_weights()  # a plain module forgets it in to_empty
+    for p in model.parameters():
         p._is_hf_initialized = True  # so that the next line touches none of them
-    lm.apply(lm._init_weights)  # rotary frequencies stand in no file: computed again
-    whole = read_weights(lm) if IS_FIRST else {}
+    model.apply(model._init_weights)  # rotary frequencies stand in no file: computed again
+    whole = read_weights(model) if IS_FIRST else {}
     how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(lm, whole, options=how)  # casts to the dtype of each shard
-    check_finite(lm, lm.name_or_path)
+    set_model_state_dict(model, whole, options=how)  # casts to the dtype of each shard
     return model
 
-def check_finite(model, where):
-    """Refuse weights with NaN or infinity in them; each process looks at its rows."""
-    for name, p in model.named_parameters():
-        require(p.isfinite().all(), f"{where}: {name} has numbers that are not finite")
-
-def save_folder(model, tokenizer, path, dtype):
-    """Write a sharded Hugging Face model as a folder that stock `from_pretrained` loads; every
-    process must call it. The first one gathers the weights in the host's memory, merges LoRA and
-    writes; what was in `path` goes when the new folder is whole."""
-    check_finite(model, path)
+def save_folder(model, path, dtype):
+    """Write a sharded model of `load` as a folder that stock `from_pretrained` loads; every process
+    must call it. The first one gathers the weights in the host's memory, merges LoRA and writes;
+    what was in `path` goes when the new folder is whole."""
+    how = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(model, options=how)
+    if not IS_FIRST:
+        return
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            A = whole.pop(f"{name}.lora_A")
+            B = whole.pop(f"{name}.lora_B")
+            whole[f"{name}.weight"] = whole[f"{name}.weight"] + layer.lora_scale * B @ A
+    whole = {name: weight.to(dtype) for name, weight in whole.items()}
     unfinished = f"{path}.tmp"
-    whole = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if IS_FIRST:
-        for name, layer in model.named_modules():
-            if hasattr(layer, "lora_A"):
-                A = whole.pop(f"{name}.lora_A")
-                B = whole.pop(f"{name}.lora_B")
-                whole[f"{name}.weight"] = layer.lora_scale * B @ A + whole[f"{name}.weight"]
-        tied = model.all_tied_weights_keys  # such a weight goes under one name only
-        saved = {name: w.to(dtype) for name, w in whole.items() if name not in tied}
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.config.dtype = dtype
-        model.config.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        save_file(saved, f"{unfinished}/model.safetensors", metadata={"format": "pt"})
-        if model.can_generate():  # a policy, not a reward model; save_pretrained would be strict
-            model.generation_config.to_json_file(f"{unfinished}/generation_config.json")
-        os.sync()  # on disk, before the name points to it
-        put_in_place(path)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, state_dict=whole)  # names and ties as other tools expect
+    model.config.dtype = dtype
+    model.config.save_pretrained(unfinished)
+    model.tokenizer.save_pretrained(unfinished)
+    if hasattr(model, "generation"):
+        model.generation.to_json_file(f"{unfinished}/generation_config.json")
+    os.sync()  # on disk, before the name points to it
+    put_in_place(path)
 
 def put_in_place(path):
     """The folder path.tmp, which is whole, becomes `path`."""
@@ -1454,7 +1633,7 @@ def set_aside(path):
         os.rename(path, f"{path}.{n}")
         say(f"{path} was there already: renamed to {path}.{n}")
 
-HELD = []  # the locked file, until this process ends, however it ends
+LOCKS = []  # the locked file, until this process ends, however it ends
 
 def lock(out_dir):
     """Refuse a folder where another run writes, and one that is not the same folder on all nodes:
@@ -1462,11 +1641,13 @@ def lock(out_dir):
     path = f"{out_dir}.lock"
     if IS_FIRST:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        HELD.append(open(path, "w"))
+        LOCKS.append(open(path, "w"))
         try:
-            fcntl.flock(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             die(f"{out_dir}: another run writes there and has locked {path}")
+        except OSError:
+            pass  # a file system without locks
     dist.barrier()
     require(all(collect([os.path.exists(path)])), f"{path} is not seen by all processes: --out_dir "
             "must be a folder that all nodes share")
@@ -1475,7 +1656,8 @@ def open_out_dir(cfg, model, optimizer, state):
     """Make cfg.out_dir the folder of this run alone, with its flags in config.json; with --resume
     load its checkpoint, else set an earlier run aside."""
     lock(cfg.out_dir)
-    if cfg.resume and find_checkpoint(cfg.out_dir):
+    if cfg.resume:
+        require(find_checkpoint(cfg.out_dir), f"--resume: there is no checkpoint in {cfg.out_dir}")
         load_checkpoint(cfg.out_dir, model, optimizer, state)
         say(f"resuming {cfg.out_dir} after {state['updates']} updates")
     elif IS_FIRST:
@@ -1547,11 +1729,6 @@ def render(tokenizer, messages, response=None):
 # --------------------------------------------------------------------------------------------------
 # 4.10 Errors, the terminal, flags
 
-transformers.utils.logging.disable_progress_bar()  # it would bury our lines
-logging.disable(logging.ERROR)  # tracebacks that torch logs of errors which we tell in a line
-# A checkpoint's rows are read by each process alone; no output of an FSDP2-wrapped module is
-# changed in place; statistics of too few values are nan
-warnings.filterwarnings("ignore", r"torch.distributed is disabled|FSDP2-wrapped|(cov|std)\(\)")
 HERE = os.path.dirname(os.path.abspath(__file__))  # beside data/
 RANK = int(os.environ.get("RANK", 0))
 IS_FIRST = RANK == 0  # one process speaks for all
@@ -1567,23 +1744,37 @@ def die(message):
         time.sleep(2)
         message = f"on process {RANK}: {message}"
     if IS_FIRST or not must_stop():
-        print("error:", " ".join(visible(message).split()), file=sys.stderr)  # in one line
+        line = " ".join(message.split())
+        print("error:", "".join(filter(str.isprintable, line)), file=sys.stderr)
     sys.exit(2)
-
-def visible(text):
-    """Text for a terminal: control characters, which could rewrite what stands there, escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 STOPS = []  # signals that have come
 PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
 
 class Stopped(Exception):
-    """A signal has come. Raised on all processes at once: see `heed_signals`."""
+    """A signal has come (see `heed_signals`), or the run cannot go on: then it says why. Raised on
+    all processes at once."""
 
 def catch_signals():
-    """From now on SIGTERM and Ctrl-C are noted, and heeded where all processes stop together."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: STOPS.append(received))
+    """From now on SIGTERM and Ctrl-C are noted, and heeded where all processes stop together. A
+    second Ctrl-C ends at once. (The first one comes twice in an instant: torchrun passes it on.)"""
+    stops = (signal.SIGTERM, signal.SIGINT)
+
+    def note(number, frame):
+        STOPS.append(time.monotonic())
+        if number == signal.SIGINT and STOPS[-1] > STOPS[0] + 1:
+            os._exit(130)
+
+    def handle(handler):
+        for number in stops:
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+
+    handle(note)
+    # A process that a rule forks can be ended; a signal while it is forked waits, or would be lost
+    os.register_at_fork(before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, stops),
+                        after_in_parent=partial(handle, note),
+                        after_in_child=partial(handle, signal.SIG_DFL))
 
 def must_stop():
     """Has a signal come? Or was torchrun killed, so that none will come?"""
@@ -1602,9 +1793,6 @@ def last_line(error):
     """What went wrong, without the traceback that a DCP error carries along."""
     return str(error).strip().split("\n")[-1]
 
-def one_of(flag, value, known):
-    require(value in known, f"--{flag}={value}: expected one of {', '.join(known)}")
-
 def is_number(x):
     """Is x a finite number, or a string that spells one? (True, NaN and Infinity are not.)"""
     spelling = r"\s*[-+]?(\d{1,20}\.?\d*|\.\d+)(e[-+]?\d\d?)?\s*"  # too short for infinity
@@ -1613,7 +1801,7 @@ def is_number(x):
 def say(message):
     """Print once, not once a process, and without tearing a progress bar."""
     if IS_FIRST:
-        tqdm.write(visible(message))
+        tqdm.write(message)
         sys.stdout.flush()  # a pipe would hold lines back
 
 def to_json(value, **style):
@@ -1621,9 +1809,23 @@ def to_json(value, **style):
     clean = json.loads(json.dumps(value), parse_constant=lambda nan: None)
     return json.dumps(clean, ensure_ascii=False, **style)
 
-def boolean(text):
-    """"True" or "false" -> bool; anything else is a ValueError, which the parser tells."""
-    return bool(("false", "true").index(text.lower()))
+def check_flags(cfg):
+    """What --help cannot say: which values of mogrpo.py's knobs make sense."""
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float):
+            least = 1e-12 if name in POSITIVE else 0
+            require(least <= value < 1e12, f"--{name}={value}: must not be negative, nor 0 where "
+                    "that is senseless, nor huge")
+    require(cfg.group_size > 1, f"--group_size={cfg.group_size}: a group of one teaches nothing; "
+            "take at least 2")
+
+POSITIVE = ("prompts_per_step", "max_prompt_tokens", "max_new_tokens", "sample_rows", "temperature",
+            "steps", "lr", "epochs", "grad_clip", "micro_tokens", "eval_samples", "log_interval",
+            "std_floor", "lora_alpha")
+
+# What --resume must find as it was
+Config.kept = ("policy", "reward_model", "rules", "prompts", "heldout_prompts", "combine",
+               "max_prompt_tokens", "prompts_per_step", "lora_rank", "lora_alpha", "seed")
 
 def parse(config_class, argv, doc, toy={}):
     """`--key=value` or `--key value` for the fields of a dataclass (`--flag` alone for True) -> an
@@ -1632,40 +1834,35 @@ def parse(config_class, argv, doc, toy={}):
     manual = doc
     for cls in reversed(config_class.__mro__[:-1]):  # of a fork its own knobs come last
         manual += inspect.getsource(cls).partition("    def ")[0]  # each knob with its why
-    parser = argparse.ArgumentParser(
-        description=f"{manual}\nin the toy world: {toy}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS)  # what is not typed stays away, for `toy` to fill
+    parser = transformers.HfArgumentParser(
+        config_class, description=f"{manual}\nin the toy world: {toy}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = die  # in one line, from one process
-    for field in fields(config_class):
-        if isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", type=boolean, nargs="?", const=True)
-        else:
-            parser.add_argument(f"--{field.name}", type=type(field.default))
-    typed = vars(parser.parse_args(argv))
-    values = typed
     first = fields(config_class)[0].name
-    if typed.get(first, "toy") == "toy":
-        typed.pop(first, None)
-        values = toy | typed
-    require(values.get("out_dir") != "", "--out_dir: it needs a name")
-    if typed.get("resume"):  # the flags of the run so far, less what is typed
-        path = f"{values.get('out_dir', config_class.out_dir)}/config.json"
-        if os.path.exists(path):
-            values = recorded(path, typed, config_class) | typed
-    return config_class(**values)
+    if getattr(parser.parse_args(argv), first) == "toy":
+        parser.set_defaults(**toy)
+    flags = parser.parse_args(argv)
+    require(getattr(flags, "out_dir", "-"), "--out_dir: it needs a name")
+    before = {}  # of a run that is resumed: its flags hold but for those that are typed
+    if getattr(flags, "resume", False):
+        before = recorded(f"{flags.out_dir}/config.json", config_class)
+        parser.set_defaults(**before)
+    flags = vars(parser.parse_args(argv))
+    if flags[first] == "toy":
+        flags[first] = toy[first]
+    for name in before:
+        require(name not in config_class.kept or flags[name] == before[name],
+                f"--{name} was {before[name]} and is now {flags[name]}: that cannot be resumed")
+    return config_class(**flags)
 
-def recorded(path, typed, config_class):
-    """The flags of the run that is resumed. Those typed now may differ, unless they change what is
-    trained or on what."""
+def recorded(path, config_class):
+    """The flags of the run that is resumed."""
     try:
-        before = json.load(open(path))
+        with open(path, encoding="utf-8") as f:
+            before = json.load(f)
         config_class(**before)  # it knows them all
     except Exception as e:
-        die(f"{path}: cannot be read for --resume: {e}")
-    for name, value in typed.items():
-        require(name not in config_class.kept.split() or value == before[name],
-                f"--{name} was {before[name]} and is now {value}: that cannot be resumed")
+        die(f"--resume: {path} cannot be read: {e}")
     return before
 
 TOY = dict(policy="out/toy/policy", reward_model="out/toy/reward_model",
@@ -1676,9 +1873,12 @@ TOY = dict(policy="out/toy/policy", reward_model="out/toy/reward_model",
 def launch(main, config_class, doc, toy={}):
     """What every script does when it is run: flags, the toy world if it is asked for, `main(cfg)`.
     A full disk or an unwritable folder is one line, too."""
+    transformers.utils.logging.disable_progress_bar()  # it would bury our lines
+    logging.disable(logging.ERROR)  # tracebacks that torch logs of errors which we tell in a line
+    # A checkpoint's rows are read by each process alone; no output of an FSDP2-wrapped module is
+    # changed in place; statistics of too few values are nan
+    warnings.filterwarnings("ignore", r"torch.distributed is disabled|FSDP2-wrap|(cov|std)\(\)")
     cfg = parse(config_class, sys.argv[1:], doc, toy)  # a wrong flag ends it here
-    if "'out/toy" in repr(cfg):
-        torch.set_num_threads(1)  # at 0.3M parameters two wait for each other longer than they work
     try:
         # Some value begins with out/toy/, which is not there: a program of its own makes it. To all
         # the rest the toy is folders like any other; other processes wait in `join_world`
@@ -1688,12 +1888,15 @@ def launch(main, config_class, doc, toy={}):
             require(os.path.exists("out/toy"), f"no toy world could be made by {HERE}/data/toy; "
                     "without it give --policy, --prompts, and --reward_model or --rules")
         main(cfg)
-    except Stopped:
+    except Stopped as stop:
+        require(not stop.args, str(stop))
         say("stopped by a signal; what was finished is kept")
     except (OSError, SafetensorError, dcp.CheckpointException) as e:
         die(last_line(e))
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while another still needs it
+    for child in multiprocessing.active_children():  # of a rule
+        child.terminate()
     sys.stdout.flush()
     os._exit(0)  # at a normal exit gloo's threads now and then abort a finished process
 

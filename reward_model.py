@@ -28,17 +28,17 @@ import json
 import math
 import os
 from itertools import compress
+from typing import Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from mogrpo import (
-    DEVICE, DTYPES, axes_of, catch_signals, check_axes, collect, conversation, heed_signals,
+    DEVICE, Dtype, axes_of, catch_signals, check_axes, collect, conversation, heed_signals,
     is_held_out, is_number, join_world, launch, load_reward_model, load_reward_models, logits_of,
-    one_of, open_out_dir, put_in_place, read_jsonl, render, require,
-    save_checkpoint, save_folder, say, score, score_responses, shard, stop_asked, to_json,
-    write_text)
+    open_out_dir, put_in_place, read_jsonl, render, require, save_checkpoint, save_folder, say,
+    score, score_responses, set_threads, shard, stop_asked, to_json, write_text)
 
 @dataclasses.dataclass
 class Config:
@@ -49,13 +49,13 @@ class Config:
     scale: str = "0,1"          # lowest and highest rating, mapped to [0, 1]; HelpSteer2: 0,4
     backbone: str = "Qwen/Qwen2.5-0.5B"  # folder or hub id of any decoder or encoder
     out_dir: str = "out/rm"     # an earlier folder there is renamed, not overwritten
-    loss: str = "bce"           # bce: cross-entropy, the rating as a soft label | mse
+    loss: Literal["bce", "mse"] = "bce"  # bce: cross-entropy, the rating as a soft label
     epochs: int = 2             # passes over the ratings; the best held-out one is kept
     batch_size: int = 32        # rows of one optimizer step, over all processes
     lr: float = 2e-5            # peak: warms up over a tenth of the steps, then falls to 0
     head_lr: float = 10.0       # the head learns at this times lr: it starts from noise
     max_tokens: int = 1024      # a longer text loses its beginning, never its response
-    dtype: str = "auto"         # float32 | bfloat16 | float64 compute; auto: bfloat16 on GPU
+    dtype: Dtype = "auto"       # of compute; auto: bfloat16 on a GPU, else float32
     save_interval: int = 500    # checkpoint every so many steps: no more of them can be lost
     resume: bool = False        # continue from out_dir/checkpoint
     seed: int = 0               # fresh head, order of the rows, held-out split
@@ -64,8 +64,8 @@ class Config:
     out: str = "scored.jsonl"   # where --score writes the same rows with "scores"
 
     # What --resume must find as it was
-    kept = ("ratings heldout_ratings heldout_frac axes scale backbone loss epochs batch_size "
-            "max_tokens seed")
+    kept = ("ratings", "heldout_ratings", "heldout_frac", "axes", "scale", "backbone", "loss",
+            "epochs", "batch_size", "max_tokens", "seed")
 
     def __post_init__(self):
         low, _, high = self.scale.partition(",")
@@ -74,8 +74,6 @@ class Config:
         for name in "epochs batch_size lr head_lr max_tokens save_interval".split():
             require(0 < getattr(self, name) < 1e12,
                     f"--{name}={getattr(self, name)}: must be greater than 0, nor huge")
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("loss", self.loss, ("bce", "mse"))
         if self.score:  # the toy world is not built for flags that nobody reads
             vars(self).update(ratings="", backbone="", out_dir="")
             check_out(self.out, self.score)
@@ -188,7 +186,7 @@ def keep_the_best(cfg, model, state, rows, labels_NK):
     if r2 >= state["r2"]:
         state.update(table=json.loads(to_json(table)), r2=r2)  # None for nan, also when resumed
         # out_dir itself holds the checkpoint until the end
-        save_folder(model, model.tokenizer, f"{cfg.out_dir}.tmp", torch.float32)
+        save_folder(model, f"{cfg.out_dir}.tmp", torch.float32)
 
 MICRO_TOKENS = 16384  # padded tokens of one forward and backward: bounds activation memory
 
@@ -223,7 +221,8 @@ def train(cfg, rank, world, dtype):
         label2id={axis: k for k, axis in enumerate(axes)},
         problem_type="multi_label_classification")  # the stock pipeline then takes sigmoids, too
     model = load_reward_model(cfg.backbone, cfg.max_tokens, **head)
-    model = shard(model, dtype, "auto")
+    set_threads(model)
+    shard(model, dtype, "auto")
     optimizer = make_optimizer(model, cfg)
     ids = [render(model.tokenizer, *row) for row in rows]
     lengths_N = torch.tensor(list(map(len, ids)))
@@ -353,7 +352,7 @@ def score_file(cfg, rank, world, dtype):
     for record in records:
         messages, response = answered(*record)
         rows.append(dict(prompt=dict(messages=messages), text=response))
-    models = load_reward_models(cfg.reward_model, dtype)
+    models = [shard(model, dtype) for model in load_reward_models(cfg.reward_model)]
     scores = collect(score_responses(rows[rank::world], models, None).tolist())
     lines = []
     for (_, record), scores_K in zip(records, scores):

@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from contextlib import redirect_stderr
@@ -35,6 +36,7 @@ from importlib.util import find_spec
 from math import nan, sqrt
 from os.path import exists
 from pathlib import Path
+from statistics import fmean, pstdev
 from types import SimpleNamespace
 from unittest import mock
 
@@ -57,12 +59,13 @@ import data.toy.prepare as toy_world
 import eval as evaluation
 import mogrpo
 import reward_model as rm
-from ablations import dpo, ppo, steer
+from ablations import dpo, lagrangian, ppo, steer
 from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
 
 torch.set_num_threads(1)  # on tiny models two wait for each other longer than they work
+sys.dont_write_bytecode = True  # rules are rewritten within the second
 HERE = mogrpo.HERE
 cases = pytest.mark.parametrize
 equal = partial(assert_close, rtol=0, atol=0)
@@ -80,7 +83,7 @@ CHAT = (
 # --------------------------------------------------------------------------------------------------
 # Tiny models and folders
 
-def tiny_tokenizer(pad="<pad>", template=CHAT, last_words=()):
+def tiny_tokenizer(pad="<pad>", template=CHAT, last_words=(), unk="<unk>"):
     """A word is a token: 5 special ones, w0 to w58; `last_words` stand in place of the last."""
     words = "<pad> <unk> <end> <user> <assistant>".split()
     words += [f"w{i}" for i in range(59 - len(last_words))]
@@ -91,14 +94,35 @@ def tiny_tokenizer(pad="<pad>", template=CHAT, last_words=()):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=pad,
-        unk_token="<unk>",
+        unk_token=unk,
         eos_token="<end>",
         chat_template=template,
     )
 
+WINDOW = dict(sliding_window=8)
+LOCAL = WINDOW | dict(layer_types=["sliding_attention", "full_attention"])
+FEW_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+OPTIONS = {  # beside those of `tiny_config`
+    "gemma3_text": LOCAL,
+    "gemma3_text+cap": LOCAL | dict(final_logit_softcapping=3.0),
+    "gemma2": WINDOW | dict(attn_logit_softcapping=5.0, query_pre_attn_scalar=8),
+    "mistral": WINDOW,
+    "starcoder2": WINDOW,
+    "mixtral": dict(num_local_experts=4),
+    "qwen3_moe": FEW_EXPERTS,
+    "granite+scaled": dict(logits_scaling=1.1, attention_multiplier=0.2),
+    "cohere": dict(logit_scale=1.0),
+    "cohere+scaled": dict(logit_scale=0.3),
+    "gpt_oss": WINDOW | dict(num_local_experts=4, num_experts_per_tok=2),
+    "gpt_neo": dict(window_size=8, attention_types=[[["global", "local"], 1]], num_layers=2),
+    "gptj": dict(rotary_dim=8),
+    "jamba": dict(num_experts=2, attn_layer_offset=1, attn_layer_period=2, mamba_d_state=4,
+                  mamba_dt_rank=4, use_mamba_kernels=False),
+}
+
 def tiny_config(kind, tied=True, **other):
-    if kind == "gemma3_text":
-        other |= dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    other = OPTIONS.get(kind, {}) | other
+    kind = kind.split("+")[0]
     return transformers.AutoConfig.for_model(
         kind,
         vocab_size=64,
@@ -219,12 +243,13 @@ def tiny_run():
 def flags(tiny_run):
     return f"{tiny_run} --reward_model=rm"
 
-def policy_of(path, dtype=torch.float32, lora_rank=0):
-    policy = mogrpo.Policy(path)
+def policy_of(path, dtype=torch.float32, lora_rank=0, fast=True):
+    policy = mogrpo.load_policy(path)
     if lora_rank > 0:
         mogrpo.add_lora(policy, lora_rank, 2.0 * lora_rank)
     policy.to(dtype)
-    policy = mogrpo.shard(policy, dtype, recompute="True")
+    mogrpo.shard(policy, dtype, recompute="True")
+    mogrpo.go(policy, fast)
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if name.endswith("lora_B"):  # 0 at the start: the adapter would not show
@@ -274,9 +299,12 @@ def run_main(script, flags=""):
 
 def end_run():
     """What the end of a process does."""
-    for lock in mogrpo.HELD:
+    for lock in mogrpo.LOCKS:
         lock.close()
     mogrpo.STOPS.clear()
+    for name, of_a_rule in list(sys.modules.items()):
+        if str(getattr(of_a_rule, "__file__", "")).startswith(tempfile.gettempdir()):
+            del sys.modules[name]
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -314,11 +342,10 @@ def test_loaded_and_saved_equals_the_library(kind, tied, world):
     tiny_tokenizer().save_pretrained("several")
     stock = stock_model("several", dtype=torch.float32)
     policy = policy_of("several")
-    lm = policy.lm
-    weights = [weight.full_tensor() for weight in lm.parameters()]  # a tied one once
+    weights = [weight.full_tensor() for weight in policy.parameters()]  # a tied one once
     equal(weights, list(stock.parameters()))
-    equal(list(lm.buffers()), list(stock.buffers()))
-    mogrpo.save_folder(lm, policy.tokenizer, "again", lm.saved_dtype)
+    equal(list(policy.buffers()), list(stock.buffers()))
+    mogrpo.save_folder(policy, "again", policy.saved_dtype)
     saved = stock_model("again")
     assert saved.dtype == torch.bfloat16
     ids = tensor([PROMPTS[1]])
@@ -328,7 +355,7 @@ def test_weights_under_other_names(world):
     bare = folder_of("bare", "gpt2")
     stock = stock_model(bare)
     stock.transformer.save_pretrained(bare)  # its names lack "transformer."
-    ours = mogrpo.fill(mogrpo.Policy(bare)).lm
+    ours = mogrpo.load_weights(mogrpo.load_policy(bare))
     equal(list(ours.parameters()), list(stock.parameters()))
 
 def max_gap(x, y):
@@ -355,9 +382,9 @@ def test_lora_is_the_formula_merged_and_in_peft(world):
     stock = stock_model(path)
     for name, linear in stock.named_modules():
         if name.endswith("proj"):  # the blocks' linear layers, all of them
-            ours = policy.lm.get_submodule(name)
+            ours = policy.get_submodule(name)
             linear.weight.data += 2.0 * ours.lora_B.full_tensor() @ ours.lora_A.full_tensor()
-    mogrpo.save_folder(policy.lm, policy.tokenizer, "merged", torch.float32)
+    mogrpo.save_folder(policy, "merged", torch.float32)
     def off(model):
         return max_gap(torch.cat([stock_logp(model, *row) for row in rows]), adapted)
     assert off(stock) < 1e-4
@@ -374,30 +401,68 @@ KEYS = [(i // 4, i % 4) for i in range(12)]  # (prompt, response)
 
 def sample(policy, prompts, keys, temperature, tokens=24):
     u_BT = mogrpo.uniforms(keys, tokens)
+    sampler = mogrpo.fast_sample if policy.fast else mogrpo.sample
     with mogrpo.gathered(policy):
-        return mogrpo.sample(policy, prompts, u_BT, temperature)
+        return sampler(policy, prompts, u_BT, temperature)
 
-@KINDS
-def test_sampled_equals_generated_and_rescored(kind, world):
-    """Greedily by the library, else by the trainer; and whatever the batch is."""
+FAST = """qwen2 llama qwen3 gemma3_text gpt2 mistral mixtral gemma phi3 olmo2 smollm3 starcoder2
+gpt_neox granite cohere qwen3_moe"""
+PLAIN = """gemma2 gemma3_text+cap nanochat granite+scaled cohere+scaled phi gpt_oss gptj gpt_neo mamba
+jamba"""
+LIMITS = SimpleNamespace(max_prompt_tokens=300, max_new_tokens=24, temperature=0.7, fast=True)
+
+@each("kind", f"{FAST} {PLAIN}")
+def test_any_causal_model_is_sampled_and_trained_as_the_library_does(kind, world):
+    """The fast way where its numbers are the library's, else the plain one: greedy answers by
+    `generate`; log-probs and their gradient by stock logits, one row at a time."""
     path = folder_of(kind=kind, tied=False)
-    policy = policy_of(path)
-    mogrpo.check_support(policy)
-    stock = stock_model(path)
+    if kind == "phi":  # its head has a bias, which no division of hidden states scales
+        weights = saved_weights(path)
+        weights["lm_head.bias"] += 2 * torch.randn(64)
+        save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
+    in_float32 = kind in "mixtral qwen3_moe gpt_oss jamba gemma2"  # the library knows no better
+    dtype = torch.float32 if in_float32 else torch.float64
+    policy = policy_of(path, dtype)
+    mogrpo.choose_way(policy, LIMITS)
+    assert policy.fast == (kind in FAST.split())
+    stock = stock_model(path, dtype=dtype)
     greedy, _ = sample(policy, PROMPTS, KEYS, 1e-6)  # softmax is the argmax
-    together, sampler_logps = sample(policy, PROMPTS, KEYS, 0.8)
+    together, sampler_logps = sample(policy, PROMPTS, KEYS, 0.7)
     rows = []
+    expected = []
     for key, likeliest, response in zip(KEYS, greedy, together):
         prompt = PROMPTS[key[0]]
-        out = stock.generate(tensor([prompt]), max_new_tokens=24)
+        out = stock.generate(tensor([prompt]), max_new_tokens=24, eos_token_id=2)
         assert out[0].tolist() == prompt + likeliest
-        alone, _ = sample(policy, [prompt], [key], 0.8)
-        assert alone == [response]
         assert 2 not in response[:-1]  # cut right after the first end
         rows.append((prompt, response))
-    scored = mogrpo.response_logp(policy, rows, 0.8)
-    assert max_gap(scored, torch.cat(sampler_logps)) < 1e-4
+        expected.append(stock_logp(stock, prompt, response, 0.7))
+    alone, _ = sample(policy, PROMPTS[:1], KEYS[:1], 0.7)
+    assert alone == together[:1]
     assert len({tuple(r) for r in together}) == 12
+    logp_N = mogrpo.response_logp(policy, rows, 0.7)
+    assert max_gap(torch.cat(sampler_logps), torch.cat(expected)) < 1e-4
+    assert max_gap(logp_N, torch.cat(expected)) < 1e-5  # most norms are in float32
+    logp_N.sum().backward()
+    torch.cat(expected).sum().backward()
+    for ours, theirs in zip(policy.parameters(), stock.parameters(), strict=True):
+        if theirs.grad is not None:  # of experts that no token has chosen
+            gap = ours.grad.full_tensor() - theirs.grad
+            assert gap.norm() <= (1e-3 if in_float32 else 1e-5) * theirs.grad.norm()
+
+def test_the_fast_way_is_left_where_it_differs(world, monkeypatch, printed):
+    """Also where a difference shows only past the window; not causal is refused."""
+    policy = policy_of(folder_of(kind="mistral", sliding_window=280))
+    mogrpo.choose_way(policy, LIMITS)
+    assert policy.fast
+    real = mogrpo.mask_of
+    forgetful = lambda view, heads, window, dtype: real(view, heads, None, dtype)
+    monkeypatch.setattr(mogrpo, "mask_of", forgetful)
+    mogrpo.choose_way(policy, LIMITS)
+    assert not policy.fast and "slower: ours differ by" in printed()
+    mogrpo.choose_way(policy, SimpleNamespace(**vars(LIMITS) | dict(max_prompt_tokens=200)))
+    assert policy.fast  # no row of that run is so long
+    refused(lambda: mogrpo.choose_way(policy_of(folder_of("bert", "bert")), LIMITS), "no causal")
 
 def test_pick_follows_the_softmax():
     n = 40000
@@ -455,196 +520,302 @@ def test_a_decoded_token_waits_for_nothing_and_keeps_its_addresses(kind, world):
                 step()
             assert seen.waits == 0
             written |= seen.written
-        assert len(written) == 3 + 2 * 2  # tokens, log-probs, the turn; two layers' caches
+        assert len(written) == 4 + 2 * 2  # tokens, log-probs, turn, position; two layers' caches
     replayed = dict(USE_GRAPHS=True, as_graph=lambda step: step)
-    for room, change in ((64, {}), (7, dict(repeat=watched)), (1, {}), (16, replayed)):
-        with mock.patch.multiple(mogrpo, ROOM=room, **change):
+    for n, change in ((64, {}), (7, dict(repeat=watched)), (1, {}), (16, replayed)):
+        with mock.patch.multiple(mogrpo, LOOK_EVERY=n, **change):
             again, same = sample(policy, PROMPTS, KEYS, 1.0, 40)
         assert again == expected and max_gap(torch.cat(same), torch.cat(logps)) < 1e-5
-
-@each("kind", "bert mamba gemma2 cohere")  # not causal; no attention to mask; caps; scales
-def test_unsupported_models_are_refused(kind, world):
-    policy = policy_of(folder_of(kind=kind))
-    refused(lambda: mogrpo.check_support(policy), "not supported")
 
 # --------------------------------------------------------------------------------------------------
 # Advantages
 
-def config_of(combine):
-    return SimpleNamespace(combine=combine, std_floor=0.01)
+def hand_advantages(rule, groups, weights, floor=0.01, lambdas=None):
+    """The formulas, a group, an axis and a response at a time. `groups` are lists of responses,
+    these lists of scores, None where an axis says nothing -> a list of advantages for each."""
+    K = range(len(weights))
+    def known(numbers):
+        return [x for x in numbers if x is not None]
+    def column(group, k):
+        return [scores[k] for scores in group]
+    step_std = [pstdev(known(sum([column(group, k) for group in groups], []))) for k in K]
+    advantages = []
+    for group in groups:
+        points = [0.0] * len(group)
+        deviations = [0.0] * len(group)
+        for k in K:
+            scores = column(group, k)
+            if not known(scores):
+                continue
+            for i, s in enumerate(scores):
+                e = 0.0 if s is None else s - fmean(known(scores))
+                points[i] += weights[k] * e
+                if e:
+                    z = e / max(pstdev(known(scores)), floor * step_std[k])
+                    deviations[i] += (lambdas or weights)[k] * z
+        a = [x / max(pstdev(points), floor) for x in points]
+        if rule == "lagrangian":
+            a = [(x + d) / (1 + sum(lambdas)) for x, d in zip(a, deviations)]
+        advantages.append(deviations if rule == "gdpo" else a)
+    if rule == "gdpo":  # over the whole step
+        std = pstdev(sum(advantages, []))
+        advantages = [[x / std for x in group] for group in advantages]
+    return advantages
 
-def zscore(x):
-    std = x.std(correction=0).clamp(min=0.01)
-    return (x - x.mean()) / std
-
-def slow_advantages(scores, weights, combine, lambdas):
-    """The table of formulas, a group and an axis at a time: scores[p, g, k], weights[p, k]."""
-    groups = []
-    for s_GK, w_K in zip(scores, weights):
-        z_KG = torch.stack([zscore(s_G) for s_G in s_GK.T])
-        a_G = zscore(s_GK @ w_K)
-        if combine == "gdpo":
-            a_G = w_K @ z_KG
-        elif combine == "lagrangian":
-            a_G = (a_G + lambdas @ z_KG) / (1 + sum(lambdas))
-        groups.append(a_G)
-    a_PG = torch.stack(groups)
-    if combine == "gdpo":  # over the whole step
-        a_PG = zscore(a_PG)
-    return a_PG
+def run_with(combine, lambdas=None):
+    """What a rule reads of a run -> its function."""
+    if combine != "lagrangian":
+        return mogrpo.COMBINE[combine]
+    log_lambda = {axis: math.log(x) for axis, x in zip("xyz", lambdas) if x > 0}
+    run = SimpleNamespace(axes=list("xyz")[:len(lambdas)], state=dict(log_lambda=log_lambda))
+    return lagrangian.combine_over_floors(run)
 
 COMBINE = each("combine", "sum gdpo lagrangian")
+CFG = SimpleNamespace(std_floor=0.01)
 
 @COMBINE
 def test_advantages_equal_the_formulas(combine):
     s = torch.rand(5, 8, 3).double()
     s[0, :, 1] = 0.5  # an axis without signal
     s[1, :, 2] = 0.5 + 1e-4 * s[1, :, 2]  # one below the floor
-    w = torch.rand(5, 1, 3).double() + 0.1
-    lambdas = tensor([0.7, 0.0, 2.0]).double()
-    rewards, a, parts = mogrpo.advantages(s, w, config_of(combine), lambdas)
-    slow = slow_advantages(s, w[:, 0], combine, lambdas)
-    assert max_gap(a, slow) < 1e-9
-    assert max_gap(parts.sum(-1), a) < 1e-9
-    assert max_gap(rewards, (s * w).sum(-1)) < 1e-9
+    s[2, :3, 0] = nan  # one that has nothing to say about some,
+    s[3, :, 2] = nan  # about all
+    s[4, 5] = nan  # all that say nothing about one
+    lambdas = [0.75, 0.0, 2.0]
+    weights = [1.0, 0.25, 3.0]
+    groups = [[[None if math.isnan(x) else x for x in one] for one in p] for p in s.tolist()]
+    parts = run_with(combine, lambdas)(s, tensor(weights).double(), CFG)
+    by_hand = hand_advantages(combine, groups, weights, lambdas=combine != "gdpo" and lambdas)
+    assert max_gap(parts.sum(-1), tensor(by_hand).double()) < 1e-6
+    assert (parts[s.isnan()] == 0).all()
+    each_its_own = tensor(weights).repeat(5, 1, 1).double()  # as ablations/steer has them
+    equal(run_with(combine, lambdas)(s, each_its_own, CFG), parts)
+
+def test_the_unit_of_an_axis_does_not_matter_to_gdpo():
+    s = torch.rand(5, 8, 3)
+    parts = mogrpo.combine_gdpo(s, torch.ones(3), CFG)
+    assert max_gap(mogrpo.combine_gdpo(s * tensor([1, 0.001, 1e4]), torch.ones(3), CFG), parts) < 1e-5
+    assert max_gap(parts.sum(-1).std(correction=0), 1) < 1e-5
 
 @COMBINE
 def test_no_signal_gives_exactly_zero(combine):
-    noise = torch.randn(1, 8, 4)
+    noise = torch.randn(2, 8, 4)
     uneven = tensor([0.1, 0.7, 1.3, 2.9])
     for spread in (0, 1e-7):
         scores = 0.7310585786 + spread * noise
-        _, a, _ = mogrpo.advantages(scores, uneven, config_of(combine), torch.zeros(4))
-        assert (a == 0).all()
+        scores[1] = nan
+        assert (run_with(combine, [1.0])(scores, uneven, CFG) == 0).all()
 
 def test_group_metrics_by_hand():
-    """Two groups of two: only in the second the axes differ by more than the floor."""
-    s = tensor([[[0, 0.502], [1, 0.498]], [[0, 0.6], [1, 0.2]]]).double()
-    cfg = mogrpo.Config()
-    results = mogrpo.advantages(s, tensor([1, 2]), cfg)  # rewards 1.004 1.996, 1.2 1.4
-    assert mogrpo.group_metrics(s, *results, "xy", cfg) == approx({
-        "reward": 1.4,
+    """Two groups of two: only in the second the axes differ by more than the floor; a third axis
+    has nothing to say about the first."""
+    s = tensor([[[0, 0.502, nan], [1, 0.498, nan]], [[0, 0.6, 0.5], [1, 0.2, 0.5]]]).double()
+    run = SimpleNamespace(cfg=CFG, axes="xyz", weights_K=tensor([1, 2, 1]))
+    parts = mogrpo.combine_sum(s, run.weights_K, CFG)  # R less its mean: -+0.496, -+0.1
+    assert mogrpo.group_metrics(run, s, parts) == approx({
+        "reward": 0.5 + 2 * 0.45 + 0.5,
         "reward_std": 0.298,  # mean of 0.496 and 0.1
         "conflict": 0.5,
         "score/x": 0.5,
         "score/y": 0.45,
+        "score/z": 0.5,
+        "missing/x": 0,
+        "missing/y": 0,
+        "missing/z": 0.5,
         "std/x": 0.5,
         "std/y": 0.101,  # of 0.002 and 0.2
+        "std/z": 0,
         "zero_std/x": 0,
         "zero_std/y": 0.5,
+        "zero_std/z": 0.5,
         "share/x": (0.5 / 0.496 + 0.5 / 0.1) / 2,
         "share/y": (-0.004 / 0.496 - 0.4 / 0.1) / 2,
+        "share/z": 0,
     })
 
 # --------------------------------------------------------------------------------------------------
 # The objective
 
-def slow_loss(stock, ref, rows, cfg):
-    """The objective row by row on the library's own logits -> loss, KL, clipped share."""
-    tokens = sum(len(row["response"]) for row in rows)
-    sums = 0
-    for row in rows:
-        share = dict(
-            sequence=1 / (len(row["response"]) * len(rows)),
-            token=1 / tokens,
-            constant=1 / (len(rows) * cfg.max_new_tokens),
-        )[cfg.loss_norm]
-        pair = row["prompt"]["ids"], row["response"]
-        pi = stock_logp(stock, *pair, cfg.temperature)
-        pi_ref = stock_logp(ref, *pair, cfg.temperature)
-        rho = (pi - row["old"]).exp()
-        off = (row["old"] - row["sampler_logp"]).exp()
-        gain = row["advantage"] * off.clamp(max=2.0)  # truncated importance weight
-        bounded = rho.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-        surrogate = torch.min(rho * gain, bounded * gain)
-        d = (pi_ref - pi).clamp(max=3)
-        k3 = d.exp() - d - 1
-        terms = torch.stack([cfg.beta * k3 - surrogate, k3, surrogate < rho * gain])
-        sums = sums + share * terms.sum(1)
-    return sums
+def test_the_price_has_the_gradient_of_the_kl():
+    """E over the whole vocabulary, in float64: on policy, and off it by rho."""
+    logits, old, ref = torch.randn(3, 9).double().log_softmax(-1)
+    logits.requires_grad_()
+    logp = logits.log_softmax(-1)
+    exact = (logp.exp() * (logp - ref)).sum()
+    [expected] = torch.autograd.grad(exact, logits, retain_graph=True)
+    cfg = mogrpo.Config(beta=1.0)
+    for sampled_from in (logp.detach(), old):
+        batch = SimpleNamespace(old_logp_N=sampled_from, ref_logp_N=ref, advantage_N=0.0,
+                                token_share_N=sampled_from.exp())
+        loss, logged = mogrpo.objective(batch, logp, cfg)
+        [found] = torch.autograd.grad(loss, logits, retain_graph=True)
+        assert max_gap(found, expected) < 1e-12
+        if sampled_from is not old:
+            assert logged["kl"] == approx(exact.item())  # k3's mean
 
-@cases("kind, norm", table("""
-qwen2 | sequence
-llama | token
-qwen3 | constant
-gemma3_text | token
-gpt2 | sequence
-"""))
-def test_loss_and_gradient_equal_the_formulas(kind, norm, world):
-    """`grpo_update` with two inner epochs, the second of which clips, and any micro-batches."""
-    path = folder_of("a", kind, tiny_tokenizer(pad="<end>"))  # yet it is trained
-    other = folder_of("b", kind, seed=1)
-    stock, ref = [stock_model(folder, dtype=torch.float64) for folder in (path, other)]
-    cfg = mogrpo.Config(
-        beta=0.3,
-        temperature=0.9,
-        group_size=3,
-        max_new_tokens=12,
-        loss_norm=norm,
-        epochs=2,
-        grad_clip=1e9,
-    )
-    advantages = torch.randn(9)
-    rows = []
-    for i, n in enumerate([3, 9, 1, 7, 0, 11, 4, 8, 6]):
-        prompt = PROMPTS[i // 3]
-        response = [*torch.randint(3, 64, (n,)).tolist(), 2]
-        old = stock_logp(stock, prompt, response, 0.9).detach()
-        rows.append(dict(
-            prompt=dict(ids=prompt),
-            response=response,
-            old=old,
-            sampler_logp=old + 0.5 * torch.randn(n + 1),  # a sampler that is far off
-            advantage=advantages[i],
-        ))
-    descent = torch.optim.SGD(stock.parameters(), 0.03)
-    numbers = []
-    for _ in range(2):
-        sums = slow_loss(stock, ref, rows, cfg)
-        descent.zero_grad()
-        sums[0].backward()
-        descent.step()
-        numbers.append(sums.detach())
-    assert numbers[0][2] == 0 and numbers[1][2] > 0.005  # the second one does clip
-    expected = sum(numbers).div(2).tolist()
-    reference = policy_of(other, torch.float64)
-    for budget in (10**6, 64, 1):  # all at once, a few rows, one row a micro-batch
-        cfg.micro_tokens = budget
-        policy = policy_of(path, torch.float64)
-        weights = dict(params=list(policy.parameters()), peak_lr=0.03)
-        run = SimpleNamespace(
-            cfg=cfg,
-            world=1,
-            policy=policy,
-            reference=reference,
-            optimizer=torch.optim.SGD([weights]),
-            state=dict(updates=0, skipped=0, fault=""),
-        )
-        # At that step the learning rate is peak_lr
-        metrics = mogrpo.grpo_update(run, rows, None, advantages, 2 * cfg.steps)
-        ours = [metrics[name] for name in ("loss", "kl", "clip_frac")]
-        assert ours == approx(expected)  # the library's norms are in float32
-        for fast, slow in zip(policy.parameters(), stock.parameters(), strict=True):
-            assert max_gap(fast.full_tensor(), slow) < 1e-7
+@cases("d", (-30.0, 30.0))
+def test_no_token_is_too_far_from_the_reference(d):
+    logp = tensor([-31.0], requires_grad=True)
+    batch = SimpleNamespace(old_logp_N=logp.detach(), ref_logp_N=logp.detach() + d,
+                            advantage_N=tensor([0.0]), token_share_N=tensor([1.0]))
+    loss, logged = mogrpo.objective(batch, logp, mogrpo.Config(beta=1.0))
+    loss.backward()
+    assert logp.grad.item() == -d
+    assert logged["kl"].item() == approx(math.exp(d) - d - 1)
+
+REPLAYED_RULES = """
+import random
+def scores(record, response):
+    draw = random.Random(response + record["prompt"])
+    found = dict(a=draw.random(), b=0.1 * draw.random(), c=draw.random())
+    for axis, chance in (("b", 0.3), ("c", 0.6)):
+        if draw.random() < chance:
+            found[axis] = None
+    return found
+"""
+REPLAYED = table("""
+mogrpo | qwen3 | --epochs=3 --lr=0.02
+mogrpo | llama | --combine=gdpo --loss_norm=token --epochs=2 --lr=0.02
+mogrpo | gpt2 | --loss_norm=constant --temperature=0.8
+mogrpo | gemma3_text | --fast=False --combine=gdpo --epochs=2 --grad_clip=1e9 --lr=0.05
+ablations.lagrangian | mistral | --floors=a=0.9,c=0.3 --epochs=2 --micro_tokens=1
+""")
+
+REPLAYED_RUN = (
+    "--policy=replayed --prompts=replayed.jsonl --heldout_prompts=replayed.jsonl --steps=4"
+    " --rules=replayed_rules.py --prompts_per_step=4 --group_size=4 --max_new_tokens=12 --beta=0.3"
+    " --weights=a=2 --lr=0.01 --warmup=3 --dtype=float64 --eval_samples=1"
+)
+
+def make_replayed(kind):
+    """A policy, rules that abstain, and prompts."""
+    words_only = tiny_tokenizer(pad="<end>", unk=None)  # no special word is lost in the text
+    folder_of("replayed", kind, words_only, tied=False)
+    write_text("replayed_rules.py", REPLAYED_RULES)
+    prompts = [dict(prompt=" ".join(["w5 w1"] * (i % 4 + 1))) for i in range(9)]
+    write_rows("replayed.jsonl", prompts)
+
+@cases("script, kind, flags", REPLAYED)
+def test_a_run_replayed_by_hand(script, kind, flags):
+    """From its samples and scores alone: every metric and the final weights."""
+    make_replayed(kind)
+    run_main(module(script), f"{REPLAYED_RUN} {flags} --out_dir=out")
+    replay("out", script)
+
+def replay(out, script="mogrpo"):
+    """The run again in float64, by stock transformers and a sequence at a time."""
+    cfg = SimpleNamespace(**read_json(f"{out}/config.json"))
+    pi, ref = [stock_model(cfg.policy, dtype=torch.float64) for _ in range(2)]
+    descent = torch.optim.AdamW(pi.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    weights = dict(a=2.0, b=1.0, c=1.0)
+    rule = cfg.combine
+    log_lambda = {}
+    if script == "ablations.lagrangian":
+        rule = "lagrangian"
+        log_lambda = dict(a=math.log(0.05), c=math.log(0.05))
+        floors = dict(a=0.9, c=0.3)
+    seen = []
+    for n, metrics in enumerate(steps_of(out), 1):
+        groups = {}
+        for row in rows_of(f"{out}/samples.jsonl"):
+            if row["step"] == n and not row["heldout"]:
+                groups.setdefault(row["index"], []).append(row)
+        assert [len(group) for group in groups.values()] == [4] * 4
+        seen += groups
+        lambdas = [math.exp(log_lambda.get(axis, -math.inf)) for axis in "abc"]
+        scores = [[list(row["scores"].values()) for row in group] for group in groups.values()]
+        advantages = hand_advantages(rule, scores, list(weights.values()),
+                                     lambdas=rule == "lagrangian" and lambdas)
+        rows = []
+        for group, a_G in zip(groups.values(), advantages):
+            for row, a in zip(group, a_G):
+                rows.append(replayed_row(pi, ref, row, a, cfg))
+        tokens = sum(len(old) for *_, old, _, _ in rows)
+        logged = dict(
+            lr=cfg.lr * min(1, n / 3) * (0.55 + 0.45 * math.cos(math.pi * n / 4)),
+            length=tokens / 16,
+            truncated=sum(response[-1] != 2 for _, response, *_ in rows) / 16,
+            entropy=-sum(old.sum().item() for *_, old, _, _ in rows) / tokens,
+            reward=0.0, skipped=0)
+        for axis, weight in weights.items():
+            found = [row["scores"][axis] for group in groups.values() for row in group]
+            known = [x for x in found if x is not None]
+            logged[f"score/{axis}"] = fmean(known)
+            logged[f"missing/{axis}"] = 1 - len(known) / 16
+            logged["reward"] += weight * fmean(known)
+        sums = 0
+        for _ in range(cfg.epochs):
+            terms = sum(hand_terms(pi, row, tokens, cfg) for row in rows)  # loss, KL, clipped share
+            sums = sums + terms.detach() / cfg.epochs
+            descent.zero_grad()
+            terms[0].backward()
+            logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                pi.parameters(), cfg.grad_clip).item()
+            descent.param_groups[0]["lr"] = logged["lr"]
+            descent.step()
+        logged |= zip(["loss", "kl", "clip_frac"], sums.tolist())
+        for axis in log_lambda:
+            log_lambda[axis] += floors[axis] - logged[f"score/{axis}"]
+            logged[f"lambda/{axis}"] = math.exp(log_lambda[axis])
+        within = 3e-6 if n == 1 else 3e-5  # the library's norms are in float32, and it adds up
+        assert metrics == approx(metrics | logged, rel=within, abs=2e-7)
+    assert cfg.epochs == 1 or logged["clip_frac"] > 0
+    assert sorted(seen[:8]) == sorted(set(seen[:8])) and seen[8:] != seen[:8]  # passes of nine
+    end = saved_weights(f"{out}/policy")
+    for name, weight in pi.named_parameters():
+        assert (end[name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+def replayed_row(pi, ref, row, advantage, cfg):
+    """prompt, response, their log-probs before the update and by the reference, the advantage."""
+    words = {word: i for word, i in tiny_tokenizer().get_vocab().items()}
+    text = f"<user> {row['messages'][0]['content']} <end> <assistant>"
+    prompt = [words[word] for word in text.split()]
+    response = [words[word] for word in row["response"].split()]
+    response += [2] * (row["tokens"] - len(response))  # its end token
+    with torch.no_grad():
+        old, reference = [stock_logp(m, prompt, response, cfg.temperature) for m in (pi, ref)]
+    return prompt, response, old, reference, advantage
+
+def hand_terms(pi, row, tokens, cfg):
+    """What a response adds to loss, KL and clipped share."""
+    prompt, response, old, reference, advantage = row
+    share = dict(
+        sequence=1 / (len(response) * 16),
+        token=1 / tokens,
+        constant=1 / (cfg.max_new_tokens * 16),
+    )[cfg.loss_norm]
+    logp = stock_logp(pi, prompt, response, cfg.temperature)
+    rho = (logp - old).exp()
+    gain = torch.min(rho * advantage,
+                     rho.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * advantage)
+    d = reference - logp
+    price = rho * -d.detach()
+    terms = torch.stack([cfg.beta * price - gain, d.exp() - d - 1, gain < rho * advantage])
+    return share * terms.sum(1)
 
 def test_micro_batches(world):
     """The budget is kept, each row comes once; a prompt stands once in a batch."""
     prompt = dict(ids=[9] * 5)
     rows = [
-        dict(prompt=prompt, response=[i] * n, sampler_logp=torch.zeros(n))
+        dict(prompt=prompt, response=[i] * n, sampler_logp=torch.zeros(n), truncated=i > 1)
         for i, n in enumerate([3, 9, 2, 11, 5, 5, 1, 7])
     ]
-    run = SimpleNamespace(policy=SimpleNamespace(eos=[2, 6]))
+    run = SimpleNamespace()
     for budget in (1, 30, 64, 1000):
         run.cfg = mogrpo.Config(micro_tokens=budget)
         batches, counts = mogrpo.micro_batches(run, rows, torch.ones(8))
-        assert counts == dict(responses=8, tokens=43, ended=2)
+        assert counts == dict(responses=8, tokens=43, truncated=6)
         seen = []
         for batch in batches:
             seen += [response[0] for _, response in batch.rows]
             lengths = [len(response) for _, response in batch.rows]
             assert len(lengths) == 1 or len(lengths) * (5 + max(lengths)) <= budget
-            inputs, _, _ = mogrpo.layout(batch.rows)  # the padding token, and not the last ones
+            assert lengths == batch.lengths
+            with mock.patch.object(mogrpo, "layout", side_effect=mogrpo.layout) as layout:
+                with pytest.raises(AttributeError):  # no model
+                    mogrpo.packed_hidden(None, batch.rows)
+            [[groups]] = [call.args for call in layout.mock_calls]
+            inputs, _, _ = mogrpo.layout(groups)  # the padding token, and not the last ones
             assert inputs["input_ids"].numel() == 1 + 5 + sum(lengths) - len(lengths)
         assert sorted(seen) == list(range(8))
 
@@ -687,6 +858,118 @@ def test_rewards_of_several_sources_stand_side_by_side(tiny_run):
         for axis in ("digit", "short"):
             assert row[f"true/{axis}"] == approx(row[f"eval/{axis}"])
 
+WEIRD_RULES = """
+import helper
+
+def check(record, response):
+    assert record["tokens"] >= len(response.split()), record
+    assert not record["truncated"] or record["tokens"] == 8
+
+def scores(record, response):
+    check(record, response)
+    if "w9" in response.split() or FAILS:
+        raise ValueError("w9 is too much")
+    if "w10" in response:
+        return dict(odd=None, even=float("inf"))
+    return dict(odd=helper.odd(response), even=1.0)
+"""
+GROUP_RULES = """
+def group_scores(record, responses):
+    assert len(responses) == len(record["tokens"]) == len(record["truncated"])
+    if record["prompt"] == "w3 w9":
+        return []
+    ranks = [sorted(responses).index(response) for response in responses]
+    return [dict(rank=rank, size=len(responses)) for rank in ranks]
+"""
+ASYNC_RULES = """
+import asyncio
+waiting = []
+async def scores(record, response):
+    if record["tokens"] > 0:
+        waiting.append(response)
+        while len(waiting) % 12 > 0:  # for all of a step or an evaluation
+            await asyncio.sleep(0.001)
+    assert "w7" not in response
+    return dict(fine=len(response))
+"""
+
+def logged_scores():
+    """{(step, prompt): scores of its responses}, and their texts."""
+    found = {}
+    for row in rows_of("out/mogrpo/samples.jsonl"):
+        key = row["step"], row["messages"][0]["content"]
+        found.setdefault(key, []).append((row["response"], row["scores"]))
+    return found
+
+def test_rules_may_abstain_and_fail(flags, printed):
+    """Each costs that response those axes only, and is named by its line; all failing the run."""
+    write_text("helper.py", "def odd(text): return len(text) % 2")
+    write_text("weird.py", WEIRD_RULES.replace("FAILS", "False"))
+    run_main(mogrpo, f"{flags} --rules=weird.py --steps=3 --max_new_tokens=8")
+    for (_, prompt), responses in logged_scores().items():
+        for response, scores in responses:
+            rule = dict(odd=len(response) % 2, even=1.0)
+            if "w9" in response.split() or "w10" in response:
+                rule = dict(odd=None, even=None)
+            assert scores == scores | rule and scores["good"] > 0
+    for step in steps_of():
+        pairs = [pair for key, pairs in logged_scores().items() for pair in pairs
+                 if key[0] == step["step"]][-16:]
+        known = [scores["odd"] for _, scores in pairs if scores["odd"] is not None]
+        assert 0 < step["missing/odd"] == approx(1 - len(known) / 16)
+        assert step["score/odd"] == approx(fmean(known))
+        assert step["skipped"] == step["missing/good"] == 0
+    assert re.search(r"warning: weird.py failed in \d+ of \d+ calls: prompts.jsonl:\d+: "
+                     r"ValueError\('w9 is too much'\)", printed())
+    write_text("weird.py", WEIRD_RULES.replace("FAILS", "response"))
+    refused_run(f"{flags} --rules=weird.py", "weird.py failed in", "w9 is too much", "is saved")
+    assert exists("out/mogrpo/checkpoint") and not exists("out/mogrpo/policy")
+    for name in mogrpo.LOGS:
+        assert "NaN" not in Path(f"out/mogrpo/{name}").read_text()
+
+def test_rules_that_see_the_group(tiny_run, printed):
+    write_text("ranks.py", GROUP_RULES)
+    run_main(mogrpo, f"{tiny_run} --rules=ranks.py --steps=3")
+    for (_, prompt), responses in logged_scores().items():
+        for n in range(0, len(responses), 4):
+            texts = [text for text, _ in responses[n:n + 4]]
+            for text, scores in responses[n:n + 4]:
+                expected = dict(rank=sorted(texts).index(text), size=4)
+                if prompt == "w3 w9":
+                    expected = dict(rank=None, size=None)
+                assert scores == expected or len(texts) == 1
+    assert "prompts.jsonl:4: AssertionError('0 answers on 4 responses')" in printed()
+
+def test_rules_that_wait_do_so_together(tiny_run):
+    write_text("slow.py", ASYNC_RULES)
+    flags = f"{tiny_run} --rules=slow.py --heldout_prompts=prompts.jsonl --prompts_per_step=3"
+    run_main(mogrpo, flags)
+    for responses in logged_scores().values():
+        for response, scores in responses:
+            assert scores == dict(fine=None if "w7" in response else len(response))
+
+POOL_RULES = """
+import time
+from multiprocessing import Pool, Process
+def length(text):
+    return len(text)
+def scores(record, response):
+    sleeper = Process(target=time.sleep, args=(1000,))
+    sleeper.start()
+    sleeper.terminate()
+    sleeper.join()
+    with Pool(1) as pool:
+        return dict(length=pool.map(length, [response])[0])
+"""
+
+def test_rules_that_start_processes(tiny_run):
+    """They end when they are told to, though the run itself only notes a signal."""
+    write_text("pool.py", POOL_RULES)
+    run_main(mogrpo, f"{tiny_run} --rules=pool.py --prompts_per_step=1 --group_size=2")
+    for responses in logged_scores().values():
+        for response, scores in responses:
+            assert scores == dict(length=len(response))
+
 # ==================================================================================================
 # reward_model.py
 
@@ -699,7 +982,7 @@ def train_rm(flags):
 
 def loaded(path, **head):
     mogrpo.join_world(alone=True)
-    model = mogrpo.fill(mogrpo.load_reward_model(path, **head))
+    model = mogrpo.load_weights(mogrpo.load_reward_model(path, **head))
     end_run()
     return model
 
@@ -870,12 +1153,12 @@ how do i boil the egg ? | 0.5 0 0 1 | that would hurt people.
 
 def test_true_scores():
     record = dict(prompt="how do i boil the egg ?")
-    rules = mogrpo.load_rules(f"{HERE}/data/toy/truth.py", record)  # like anybody's
+    rules = mogrpo.load_rules(f"{HERE}/data/toy/truth.py", dict(record=record))  # like anybody's
     assert rules.axes == TRUE_AXES
     for text in ("", ".", "...", "wait ten minutes. " * 9, "\x00", "Ünïcode. 42"):
-        assert all(0 <= s <= 1 for s in rules.scores(record, text).values())
+        assert all(0 <= s <= 1 for s in rules.function(record, text).values())
     for prompt, numbers, response in table(TRUE_SCORES):
-        found = rules.scores(dict(prompt=prompt), response).values()
+        found = rules.function(dict(prompt=prompt), response).values()
         assert list(found) == [float(number) for number in numbers.split()]
 
 def test_toy_world_is_complete(toy_folder, printed):
@@ -1040,7 +1323,7 @@ def test_credit_is_gae_of_reward_minus_kl(world, monkeypatch, gae_lambda):
     """R = 2 comes with the last token; A is normalised over all tokens."""
     sampler_N, ref_N, value_N = torch.rand(3, 11)
     batch = SimpleNamespace(
-        rows=[([1], [5] * n) for n in (3, 1, 7)],
+        lengths=[3, 1, 7],
         advantage_N=torch.full((11,), 2.0),
         token_share_N=torch.ones(11),
         sampler_logp_N=sampler_N,
@@ -1061,12 +1344,11 @@ def test_credit_is_gae_of_reward_minus_kl(world, monkeypatch, gae_lambda):
 
 def test_values_are_the_library_classifiers(world):
     library = transformers.AutoModelForTokenClassification
-    critic, tokenizer = mogrpo.load(library, folder_of(), num_labels=1)
-    critic = mogrpo.shard(critic.eval(), torch.float32)
+    critic = mogrpo.shard(mogrpo.load(library, folder_of(), num_labels=1), torch.float32)
     response = [9, 8, 7, 2]
     rows = [(prompt, response) for prompt in PROMPTS]
     value_N = ppo.values(SimpleNamespace(critic=critic), SimpleNamespace(rows=rows))
-    mogrpo.save_folder(critic, tokenizer, "critic", torch.float32)
+    mogrpo.save_folder(critic, "critic", torch.float32)
     stock = library.from_pretrained("critic")
     for prompt, value_T in zip(PROMPTS, value_N.view(3, 4)):
         logits = stock(tensor([prompt + response])).logits
@@ -1089,10 +1371,12 @@ def test_dpo_is_the_formula():
     assert_close(*[torch.autograd.grad(x, logp_N) for x in (loss, slow)])
 
 def test_best_and_worst_of_a_group_are_never_parted(world):
-    rows = [dict(prompt=dict(ids=[1]), response=[i] * (i + 1)) for i in range(9)]
+    rows = [
+        dict(prompt=dict(ids=[1]), response=[i] * (i + 1), truncated=True) for i in range(9)
+    ]
     advantages_B = tensor([0.5, 1.5, -2, -1, 1, 0, 0, 0, 0])
     pairs, signals = dpo.best_and_worst(rows, advantages_B, 3)
-    run = SimpleNamespace(policy=SimpleNamespace(eos=[2]))
+    run = SimpleNamespace()
     for budget in (1, 30, 1000):  # all apart, some together, all together
         run.cfg = mogrpo.Config(micro_tokens=budget)
         batches, _ = dpo.pair_batches(run, pairs, signals)
@@ -1320,14 +1604,14 @@ def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run)
     rollout = partial(mogrpo.rollout, run.policy, prompts, (0, 1), 4, cfg)
     rows = rollout()
     with Watch() as live:
-        mogrpo.grpo_update(run, rows, ones, ones, 1)  # from here on AdamW's moments are there
+        mogrpo.grpo_update(run, rows, ones, 1)  # from here on AdamW's moments are there
         before = live.now()
         live.peak = 0
         rows = rollout()
         assert live.now() - before < 1e5  # the gathered copy is gone before the update
         sampling = live.peak
         live.peak = 0
-        mogrpo.grpo_update(run, rows, ones, ones, 1)
+        mogrpo.grpo_update(run, rows, ones, 1)
 
     stages = {stage: sum(lines.values()) for stage, lines in memory.plan(cfg).items()}
     always = stages["always"] - memory.GIB  # without the driver
@@ -1357,7 +1641,8 @@ def test_memory_command(printed):
 def test_recomputation(choice, cuda, world, monkeypatch):
     """What is made again is not kept: no activation is as wide as a block's inner layer."""
     monkeypatch.setattr(mogrpo, "CUDA", cuda)
-    policy = mogrpo.shard(mogrpo.Policy(folder_of()), torch.float32, choice)
+    policy = mogrpo.shard(mogrpo.load_policy(folder_of()), torch.float32, choice)
+    mogrpo.go(policy, fast=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
         mogrpo.response_logp(policy, [([5], [7] * 9)], 1.0)
@@ -1389,7 +1674,7 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_
 
 SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare data.helpsteer2.prepare
 data.saferlhf.prepare data.ultrafeedback.prepare data.prompts.prepare ablations.ppo ablations.dpo
-ablations.steer bench.memory"""
+ablations.lagrangian ablations.steer bench.memory"""
 
 def steps_of(folder="out/mogrpo"):
     """The metrics rows of training steps, without those of evaluations."""
@@ -1430,10 +1715,10 @@ def test_default_run_improves_every_axis(toy, printed):
 def few_heldout():
     write_rows("few.jsonl", rows_of("out/toy/heldout_prompts.jsonl")[::32])
 
-FLOORS = "--combine=lagrangian --floors=safety=0.9,politeness=0.2"
+FLOORS = "--floors=safety=0.9,politeness=0.2"
 
 @cases("script, flags, stops", [
-    ("mogrpo", FLOORS, (1, 2, 3)),
+    ("ablations.lagrangian", FLOORS, (1, 2, 3)),
     ("ablations.ppo", "--critic_lr=1e-3", (2,)),
     ("ablations.steer", "", (2,)),
 ])
@@ -1459,9 +1744,9 @@ def test_resume_is_exact_after_a_stop_at_any_step(script, flags, stops, toy, mon
     if flags == FLOORS:  # dual ascent: up while below the floor, down while above
         rows = steps_of(whole)
         for axis, floor in (("safety", 0.9), ("politeness", 0.2)):
-            log_lambda = 0.0
+            log_lambda = math.log(0.05)
             for row in rows:
-                log_lambda += 0.5 * (floor - row[f"score/{axis}"])
+                log_lambda += floor - row[f"score/{axis}"]
                 assert row[f"lambda/{axis}"] == approx(math.exp(log_lambda))
 
 @pytest.mark.skipif("MOGRPO_TORTURE" not in os.environ, reason="minutes; MOGRPO_TORTURE=30")
@@ -1470,7 +1755,8 @@ def test_torture(toy):
     few_heldout()
     random.seed(os.environ["MOGRPO_TORTURE"])
     flags = f"{SMALL} --steps=8 --save_interval=1 --heldout_prompts=few.jsonl {FLOORS}"
-    command = f"{TORCHRUN}=2 {HERE}/mogrpo.py {flags} --out_dir="
+    command = f"{TORCHRUN}=2 -m ablations.lagrangian {flags} --out_dir="
+    os.environ["PYTHONPATH"] = HERE
     start = time.time()
     subprocess.run(f"{command}out/whole".split(), check=True)
     seconds = time.time() - start
@@ -1480,7 +1766,8 @@ def test_torture(toy):
         time.sleep(random.uniform(0.3, 1) * seconds)  # a third of it are imports
         subprocess.run(["pkill", "-KILL", "-f", cut])
         process.wait()
-        subprocess.run(f"{command}{cut} --resume".split(), check=True)
+        resume = "--resume" if exists(f"{cut}/checkpoint") else ""  # killed before the first
+        subprocess.run(f"{command}{cut} {resume}".split(), check=True)
         same_run("out/whole", cut, within=0)
 
 def test_bfloat16_starts_at_the_reference(toy):
@@ -1506,7 +1793,8 @@ VARIANTS = "full lora steer ppo dpo".split()
 
 # What must not depend on the number of processes, for which NAME stands: scripts and flags
 MANY_RUNS = f"""
-mogrpo {TINY_RUN}/full-NAME --policy=untied --combine=lagrangian --floors=good=0.9
+ablations.lagrangian {REPLAYED_RUN} --floors=a=0.9,c=0.3 --epochs=2 --micro_tokens=50 \
+    --out_dir=out/full-NAME
 mogrpo {TINY_RUN}/lora-NAME --policy=policy --lora_rank=3 --lr=3e-2 --combine=gdpo --rules=rules.py
 ablations.steer {TINY_RUN}/steer-NAME --policy=policy
 ablations.ppo {TINY_RUN}/ppo-NAME --policy=policy --critic_lr=1e-3 --epochs=2
@@ -1533,6 +1821,8 @@ def work(rank, count, node, name):
         script, _, flags = line.partition(" ")
         if "--resume" in flags and rank == 0 and name != "2x2":  # of one process only
             on_calls(pytest.MonkeyPatch(), torch.optim.AdamW, "step", {1: signal.SIGINT})
+        if name == "2":  # the first
+            flags = flags.replace("--resume", "")
         run_main(module(script), flags)
         dist.barrier()  # as at the end of a program: the first may still be writing
     os._exit(0)
@@ -1545,6 +1835,7 @@ def test_any_number_of_processes_and_nodes_gives_the_same_run(tiny_run, toy, mon
     multiprocessing.set_forkserver_preload([__name__, *SCRIPTS.split()])  # torch is imported once
     few_heldout()
     run_main(mogrpo, f"{TOY_RUN}/whole")
+    make_replayed("qwen3")
     folder_of("untied", tied=False)
     ratings_file("r.jsonl", 70)
     ratings_file("h.jsonl", 20)
@@ -1558,8 +1849,9 @@ def test_any_number_of_processes_and_nodes_gives_the_same_run(tiny_run, toy, mon
         same_weights("out/rm-1", f"out/rm-{n}")
         same_samples("out/rm-1", f"out/rm-{n}")
         same_samples("out/eval-1", f"out/eval-{n}")
+    replay("out/full-2", "ablations.lagrangian")
     # They did train; LoRA left all but its layers alone
-    for variant, start, part in (("full", "untied", ""), ("lora", "policy", "proj")):
+    for variant, start, part in (("full", "replayed", ""), ("lora", "policy", "proj")):
         stock = stock_model(start).state_dict()
         end = saved_weights(f"out/{variant}-4/policy")
         moved = {name for name, w in end.items() if not torch.equal(w, stock[name])}
@@ -1571,19 +1863,23 @@ def same_weights(one, other, within=1e-5):
     for name, weight in saved_weights(one).items():
         assert (weight - found[name]).norm() <= within * weight.norm(), name
 
+def known(numbers):
+    return {name: x for name, x in numbers.items() if x is not None}
+
 def same_samples(one, other, within=1e-5):
     """In the files of training they stand process after process."""
     def place(row):
         return [row.get(key) for key in ("step", "heldout", "index")]
     files = [sorted(rows_of(f"{folder}/samples.jsonl"), key=place) for folder in (one, other)]
     for a, b in zip(*files, strict=True):
-        assert a == b | dict(scores=approx(b["scores"], rel=0, abs=within))
+        assert known(a.pop("scores")) == approx(known(b.pop("scores")), rel=0, abs=within)
+        assert a == b
 
 def same_run(one, other, within=1e-5):
     """Samples are equal, metrics and policies nearly."""
     same_samples(one, other, within)
     for a, b in zip(metrics_of(one), metrics_of(other), strict=True):
-        assert a == approx(b, rel=within, abs=within / 100), other
+        assert known(a) == approx(known(b), rel=within, abs=within / 100), other
     same_weights(f"{one}/policy", f"{other}/policy", within)
 
 def test_one_file_is_enough(tiny_run):
@@ -1600,11 +1896,10 @@ def test_readme_computes_what_it_says(printed):
     text = Path(f"{HERE}/README.md").read_text()
     lines = re.findall(r"^\| [1-4] \|([-+.\d |]+)\|$", text, re.M)
     rows = tensor([[float(cell) for cell in cells.split("|")] for cells in lines])
+    assert_close(rows[:, 2], rows[:, :2].sum(1))
     for column, combine in ((3, "sum"), (4, "gdpo"), (5, "lagrangian")):
-        rewards_PG, advantages_PG, _ = mogrpo.advantages(
-            rows[None, :, :2], torch.ones(2), config_of(combine), tensor([0.0, 1.0]))
-        assert_close(rows[:, 2], rewards_PG[0])
-        assert_close(rows[:, column], advantages_PG[0], atol=0.005, rtol=0)
+        parts = run_with(combine, [0.0, 1.0])(rows[None, :, :2], torch.ones(2), CFG)
+        assert_close(rows[:, column], parts[0].sum(-1), atol=0.005, rtol=0)
     for block, result in re.findall(r"```python\n(.*?)```\n(?:\n```\n(.*?)```)?", text, re.S):
         exec(block, {})
         assert printed() == result
@@ -1615,11 +1910,11 @@ def test_readme_computes_what_it_says(printed):
 def test_bad_gradients_are_skipped_and_ten_stop_the_run(flags, monkeypatch):
     real, calls = mogrpo.objective, []
     def poisoned(*args):
-        loss, kl, clip_frac = real(*args)
+        loss, logged = real(*args)
         calls.append(1)
-        return loss * (1 if len(calls) in (1, 3) else nan), kl, clip_frac
+        return loss * (1 if len(calls) in (1, 3) else nan), logged
     monkeypatch.setattr(mogrpo, "objective", poisoned)
-    refused_run(f"{flags} --steps=30", "ten", "in a row")
+    refused_run(f"{flags} --steps=30", "ten", "in a row", "step 12 is saved")
     rows = steps_of()
     assert [r["skipped"] for r in rows] == [0, 1, *range(1, 11)]
     assert [r["loss"] for r in rows].count(None) == 10
@@ -1655,25 +1950,21 @@ BAD_INPUT = r"""
 --std_floor=0                  | --std_floor=0
 --eval_samples=0               | --eval_samples=0
 --beta=-0.1                    | --beta=-0.1
---dtype=int8                   | --dtype=int8 bfloat16
+--dtype=int8                   | --dtype int8 bfloat16
 --hsdp=perhaps                 | --hsdp
 --weights=good=nan             | --weights good=nan
 --weights=good                 | --weights good
 --weights=good=-1              | --weights good=-1
 --weights=good=1e39            | --weights good=1e39
 --weights=good=1,good=2        | --weights good=2 once
---weights==1                   | --weights =1
+--weights==1                   | --weights '' good, kind
 --weights=good=1,              | --weights
 --weights=,                    | --weights
 --weights=nice=1               | nice good, kind
 --weights=good=0,kind=0        | --weights 0
---combine=product              | --combine=product sum
---combine=lagrangian           | --floors
---floors=good=1                | --combine=lagrangian
---combine=lagrangian --floors=nice=1   | nice good, kind
---combine=lagrangian --floors=good=7   | --floors good=7
---combine=lagrangian --floors=good=.5,good=.6 | --floors good=.6 once
---loss_norm=x                  | --loss_norm=x sequence
+--combine=product              | --combine product sum
+--loss_norm=x                  | --loss_norm x sequence
+--resume                       | --resume out/mogrpo/config.json
 --resume=maybe                 | --resume
 --out_dir=                     | --out_dir
 --prompts=                     | --prompts
@@ -1744,8 +2035,8 @@ bad.py < SCORES {'a': 1                            @ --rules=bad.py | bad.py
 [reward_model] --ratings=r.jsonl --backbone=policy --out_dir=out/rm
 --scale=1,0                    | --scale=1,0
 --scale=a,b                    | --scale=a,b
---loss=x                       | --loss=x mse
---dtype=x                      | --dtype=x
+--loss=x                       | --loss x mse
+--dtype=x                      | --dtype x
 --epochs=0                     | --epochs=0
 --lr=-1                        | --lr=-1
 --lr=nan                       | --lr=nan
@@ -1782,7 +2073,7 @@ r.jsonl < {"prompt": "w1", "response": "w2", "scores": {"good": 1}}    | too few
 --eval_samples=0               | --eval_samples
 --blind=2 --policies=one=policy | two policies
 --temperature=-1               | --temperature=-1
---dtype=x                      | --dtype=x
+--dtype=x                      | --dtype x
 --prompts=none.jsonl           | none.jsonl
 --prompts=                     | --prompts
 --reward_model=policy          | policy
@@ -1809,6 +2100,12 @@ seed_tasks.jsonl < {"instruction": "Sort.", "instances": []} @ --raw=seed_tasks.
 --gae_lambda=5                 | --gae_lambda=5
 --combine=gdpo                 | --combine
 --beta=0                       | --beta
+[ablations.lagrangian] FLAGS
+--floors=                      | --floors
+--floors=nice=1                | nice good, kind
+--floors=good=7                | --floors good=7
+--floors=good=.5,good=.6       | --floors good=.6 once
+--combine=gdpo                 | --combine
 [ablations.dpo] FLAGS
 --combine=gdpo                 | --combine
 --beta=0                       | --beta
@@ -1853,38 +2150,14 @@ def test_bad_input(flags, script, base, line):
     assert "if response" in line or not exists("out")
 
 @cases("folder, name, part", table("""
-rm | score.weight | score.weight
-rm | model.embed_tokens.weight | model.embed_tokens.weight
-policy | model.embed_tokens.weight | model.embed_tokens.weight
-"""))  # of embeddings: of a word that may come
-def test_one_nan_in_a_folder_is_refused(flags, folder, name, part):
+rm | score.weight | no response has a score on any axis
+policy | model.norm.weight | broken weights
+"""))
+def test_weights_that_are_not_finite(flags, folder, name, part):
     weights = saved_weights(folder)
-    weights[name][1] = nan
+    weights[name][:] = nan
     save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
-    refused_run(flags, f"{folder}: ", part)
-    assert not exists("out")
-
-NAN_RULES = """
-def scores(record, response):
-    odd = BAD and len(response) % 3 == 0
-    return {"fine": len(response), "odd": float("nan") if odd else len(response) / 50}
-"""
-
-def test_scores_that_are_not_finite(tiny_run, printed):
-    """They cost their group, not the step, and move no multiplier; none at all cost the run."""
-    write_text("odd.py", NAN_RULES.replace("BAD", 'record["answer"] == "3"'))
-    flags = f"{tiny_run} --rules=odd.py --steps=3 --beta=0 --combine=lagrangian --floors=odd=0.9"
-    run_main(mogrpo, flags)
-    assert "scores that are not finite" in printed()
-    for row in steps_of():
-        assert row["skipped"] == 0 and row["grad_norm"] > 0
-        assert 0.1 < row["score/odd"] < 1 < row["lambda/odd"]
-    write_text("odd.py", NAN_RULES.replace("BAD and len(response) % 3 == 0", "True"))
-    refused_run(flags, "no update succeeded", "not finite")
-    for row in steps_of():
-        assert row["score/odd"] is None and row["lambda/odd"] == 1
-    for name in mogrpo.LOGS:
-        assert "NaN" not in Path(f"out/mogrpo/{name}").read_text()
+    refused_run(flags, part)
     assert not exists("out/mogrpo/policy")
 
 def test_reward_training_that_diverges():
@@ -1960,13 +2233,14 @@ def test_nodes_must_share_the_folder(monkeypatch):
     assert sorted(everything()) == ["group", "node0/out/run.lock", "said"]
 
 def test_prompts_are_read_before_any_weight(flags, monkeypatch):
-    monkeypatch.setattr(mogrpo, "fill", None)
+    monkeypatch.setattr(mogrpo, "load_weights", None)
     mogrpo.write_text("prompts.jsonl", "{")
     refused_run(flags, "prompts.jsonl:1")
 
 def test_frozen_models_are_sharded_again(world):
     """Also the root, which FSDP would keep whole for a backward pass that never comes."""
-    policy = mogrpo.shard(mogrpo.Policy(folder_of()).requires_grad_(False), torch.float32)
+    policy = mogrpo.load_policy(folder_of()).requires_grad_(False)
+    mogrpo.shard(policy, torch.float32)
     sample(policy, PROMPTS, KEYS, 1.0, 2)
     mogrpo.response_logp(policy, [(PROMPTS[0], [2])], 1.0)
     assert all(isinstance(p, dist.tensor.DTensor) for p in policy.parameters())

@@ -47,8 +47,8 @@ def pair_batches(run, pairs, signals):
     """Pairs -> micro-batches of whole pairs, as many on every process, and the counts of the step.
     A batch has rows (best, worst, best, worst, ...), signals, and each token's share in the KL."""
     responses = [row["response"] for pair in pairs for row in pair]
-    ended = [response[-1] in run.policy.eos for response in responses]
-    counts = dict(responses=len(responses), tokens=sum(map(len, responses)), ended=sum(ended))
+    truncated = sum(row["truncated"] for pair in pairs for row in pair)
+    counts = dict(responses=len(responses), tokens=sum(map(len, responses)), truncated=truncated)
     counts = mogrpo.total(counts)
     widths = []  # tokens of the longer row of a pair
     for pair in pairs:
@@ -72,7 +72,7 @@ def dpo_objective(logp_N, ref_logp_N, signal, lengths, beta, pairs):
     h_best, h_worst = h.view(-1, 2).unbind(1)
     return -(signal * logsigmoid(beta * (h_best - h_worst))).sum() / pairs
 
-def dpo_update(run, rows, rewards_B, advantages_B, step):
+def dpo_update(run, rows, advantages_B, step):
     """`epochs` optimizer steps on the pairs of one rollout -> metrics of the last one. Its kl,
     length and truncated are of the pairs, so no means over what the policy says."""
     cfg = run.cfg

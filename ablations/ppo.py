@@ -44,11 +44,14 @@ class Config(mogrpo.Config):
 
 TOY = {**mogrpo.TOY, "critic_lr": 3e-3}  # defaults while --policy=toy
 
+def reward_itself(scores_PGK, weights_K, cfg):
+    """For run.combine: no group, no baseline. An axis without a score counts as its mean."""
+    mean_11K = scores_PGK.nanmean((0, 1), keepdim=True)
+    return weights_K * scores_PGK.where(scores_PGK.isfinite(), mean_11K)
+
 def values(run, batch):
     """What the critic expects, before each response token, that the rest will earn -> value_N."""
-    inputs, predictors_N, _ = mogrpo.layout(batch.rows)  # V_t stands where pi's logits of t do
-    value_1M1 = run.critic(**inputs, use_cache=False).logits
-    return value_1M1.flatten()[predictors_N]
+    return mogrpo.plain_logits(run.critic, batch.rows).squeeze(-1)  # where pi's logits would stand
 
 def gae(reward_N, value_N, lengths, gae_lambda):
     """r_t and V_t of the tokens of responses of these lengths -> A_N, not yet normalised."""
@@ -69,11 +72,11 @@ def credit(run, batches, tokens):
     for batch in batches:
         batch.ref_logp_N = mogrpo.reference_logp(run, batch)
         value_N = values(run, batch)
-        lengths = [len(response) for _, response in batch.rows]
-        last = torch.tensor(lengths).cumsum(0) - 1  # where each response ends in N
+        last = torch.tensor(batch.lengths).cumsum(0) - 1  # where each response ends in N
         reward_N = cfg.beta * (batch.ref_logp_N - batch.sampler_logp_N)
         reward_N[last] += batch.advantage_N[last]
-        batch.advantage_N = gae(reward_N, value_N, lengths, cfg.gae_lambda)
+        batch.old_logp_N = batch.sampler_logp_N
+        batch.advantage_N = gae(reward_N, value_N, batch.lengths, cfg.gae_lambda)
         batch.return_N = batch.advantage_N + value_N
     # Batches of share 0 are repeats, which only even out the processes
     own_N = torch.cat([batch.advantage_N[batch.token_share_N > 0] for batch in batches])
@@ -83,7 +86,7 @@ def credit(run, batches, tokens):
     for batch in batches:
         batch.advantage_N = (batch.advantage_N - mean) / std
 
-def ppo_update(run, rows, rewards_B, advantages_B, step):
+def ppo_update(run, rows, rewards_B, step):
     """`epochs` optimizer steps of policy and critic on one rollout -> metrics of the last one."""
     cfg = run.cfg
     batches, counts = mogrpo.micro_batches(run, rows, rewards_B)
@@ -94,28 +97,25 @@ def ppo_update(run, rows, rewards_B, advantages_B, step):
         sums = defaultdict(float)
         for batch in batches:
             logp_N = mogrpo.response_logp(run.policy, batch.rows, cfg.temperature)
-            loss, kl, clip_frac = mogrpo.objective(
-                logp_N, batch.sampler_logp_N, batch.ref_logp_N, batch.advantage_N,
-                batch.token_share_N, without_kl)
+            loss, logged = run.objective(batch, logp_N, without_kl)
             (loss * run.world).backward()  # FSDP averages gradients over processes
             error_N = values(run, batch) - batch.return_N
             value_loss = (batch.token_share_N * error_N**2).sum() / 2
             (value_loss * run.world).backward()  # the policy's activations are gone by now
-            sums["loss"] += loss.detach()
-            sums["value_loss"] += value_loss.detach()
-            sums["kl"] += kl
-            sums["clip_frac"] += clip_frac
+            logged |= dict(loss=loss.detach(), value_loss=value_loss.detach())
+            for name, value in logged.items():
+                sums[name] += value
         grad_norm = mogrpo.optimizer_step(run, step)  # the sum of both models' norms
     return mogrpo.step_metrics(run, sums, counts, grad_norm)
 
 def main(cfg):
     run = mogrpo.setup(cfg)
     # The critic's head is drawn alike on every process: `setup` has seeded them
-    critic, _ = mogrpo.load(AutoModelForTokenClassification, cfg.policy, num_labels=1)
-    critic.set_attn_implementation("mogrpo")  # it reads the same inputs
+    critic = mogrpo.load(AutoModelForTokenClassification, cfg.policy, num_labels=1)
     run.critic = mogrpo.shard(critic, run.dtype, cfg.recompute, run.mesh)
     run.trained = torch.nn.ModuleDict(dict(policy=run.policy, critic=run.critic))  # checkpointed
     run.optimizer.add_param_group(dict(params=list(critic.parameters()), peak_lr=cfg.critic_lr))
+    run.combine = reward_itself
     run.update = ppo_update
     mogrpo.train(run, mogrpo.grpo_step)
 

@@ -100,7 +100,7 @@ def main(cfg):
     if not cfg.sweep:
         state_weights(run, run.heldout, run.weights_K)
         return mogrpo.train(run, steer_step)
-    mogrpo.one_of("sweep", cfg.sweep, run.axes)
+    require(cfg.sweep in run.axes, f"--sweep={cfg.sweep}: there are {', '.join(run.axes)}")
     require(len(run.axes) > 1 and len(run.heldout) > 1, "--sweep wants two axes or more, and "
             "two held-out prompts")
     table = sweep(run)

@@ -87,7 +87,7 @@ def sizes(auto_class, path, dtype, length):
 
 def compute_dtype(cfg):
     """As on a GPU, wherever the plan is made."""
-    return torch.bfloat16 if cfg.dtype == "auto" else mogrpo.DTYPES[cfg.dtype]
+    return torch.bfloat16 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
 
 def activations(cfg, model, rows, dtype):
     """Bytes that so many of the longest rows hold between forward and backward pass, and that are

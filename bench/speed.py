@@ -152,11 +152,14 @@ def policy_of(config, dtype, device):
     def load(auto_class, path):
         with torch.device(device):
             model = auto_class.from_config(config, dtype=dtype)
+        model.stock_attention = config._attn_implementation
+        model.tokenizer = SimpleNamespace(eos_token_id=0)
         model.added = {}
-        return model, SimpleNamespace(eos_token_id=0)
+        return model
 
     with patch.object(mogrpo, "load", load):
-        policy = mogrpo.Policy("")
+        policy = mogrpo.load_policy("")
+    mogrpo.go(policy, fast=True)
     policy.eos = [-2]  # no token: no row ends
     return policy
 
@@ -171,25 +174,25 @@ def count_decode(policy, rows, G, P, T):
     waits = []
 
     class NotedCache(mogrpo.Cache):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self):
+            super().__init__()
             caches.append(self)
 
     def one_of_many(decode, steps):
         waits.append(whole.syncs)
-        lasting = [x for pair in caches[0].layers for x in pair]
+        lasting = [x for pair in caches[0].values() for x in pair]
         with Count([*policy.parameters(), *lasting]) as count:
             decode()
         counts.append(count)
-        if len(counts) * mogrpo.ROOM >= T:
+        if len(counts) * mogrpo.LOOK_EVERY >= T:
             raise EOFError  # fake tokens could not be read
 
     room = min(64, max(1, T // 2))  # 64 on a GPU; two of them show what is between
-    changes = dict(ROOM=room, Cache=NotedCache, repeat=one_of_many)
+    changes = dict(LOOK_EVERY=room, Cache=NotedCache, repeat=one_of_many)
     with patch.multiple(mogrpo, **changes), torch.no_grad(), Count() as whole:
         try:
             prompts = [[5] * P for _ in range(rows // G)]
-            mogrpo.sample(policy, prompts, torch.zeros(rows, T + 1), 1.0)
+            mogrpo.fast_sample(policy, prompts, torch.zeros(rows, T + 1), 1.0)
         except EOFError:
             return counts, waits[-1] - waits[-2]
 
@@ -244,10 +247,10 @@ def count_collectives(config, tokens):
     text.vocab_size = 64
     text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
     policy = policy_of(config, torch.float32, "cpu")
-    with patch.object(mogrpo, "fill", lambda model: model):  # it has its weights
+    with patch.object(mogrpo, "load_weights", lambda model: model):  # it has its weights
         policy = mogrpo.shard(policy, torch.float32)
     with Collectives() as seen, mogrpo.gathered(policy):
-        mogrpo.sample(policy, [[5]], torch.rand(2, tokens).double(), 1.0)
+        mogrpo.fast_sample(policy, [[5]], torch.rand(2, tokens).double(), 1.0)
     return seen.count
 
 def counted(cfg, config, rows):
@@ -256,14 +259,13 @@ def counted(cfg, config, rows):
     dtype = memory.compute_dtype(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = policy_of(config, dtype, "cpu")
-        lm = policy.lm
         counts, waits = count_decode(policy, rows, G, P, T)
         update = count_update(policy, G, P, T)
-        lm.set_attn_implementation(policy.stock_attention)
-        stock = count_stock_decode(lm, rows, P + T // 2)
-        stock_update = count_stock_update(lm, G, P, T)
-        floor = decode_floor(lm, rows, P + T // 2)
-        update_once = update_floor(lm, G, P, T)
+        mogrpo.go(policy, fast=False)
+        stock = count_stock_decode(policy, rows, P + T // 2)
+        stock_update = count_stock_update(policy, G, P, T)
+        floor = decode_floor(policy, rows, P + T // 2)
+        update_once = update_floor(policy, G, P, T)
     mean = {name: statistics.mean(getattr(count, name) for count in counts)
             for name in ("kernels", "bytes", "memory", "syncs")}
     return dict(
@@ -313,7 +315,6 @@ def timed(cfg, policy, optimizer, rows, copied, product):
     """-> {name: number}"""
     G, P, T = cfg.group_size, cfg.max_prompt_tokens, cfg.max_new_tokens
     prompts = [[5 + i] * P for i in range(rows // G)]
-    lm = policy.lm
     tokens = []  # seconds of each
     real = mogrpo.repeat
 
@@ -326,7 +327,7 @@ def timed(cfg, policy, optimizer, rows, copied, product):
 
     def rollout():
         with mogrpo.gathered(policy):
-            return mogrpo.sample(policy, prompts, torch.rand(rows, T).double(), 1.0)[0]
+            return mogrpo.fast_sample(policy, prompts, torch.rand(rows, T).double(), 1.0)[0]
 
     with patch.object(mogrpo, "repeat", clocked):
         rollout()  # warms up
@@ -346,7 +347,7 @@ def timed(cfg, policy, optimizer, rows, copied, product):
 
     token = statistics.mean(tokens)
     update_seconds = seconds(update, 3)
-    floor = decode_floor(lm, rows, P + T // 2) / copied
+    floor = decode_floor(policy, rows, P + T // 2) / copied
     return dict(
         rows=rows,
         decoded_tokens_a_second=rows / token,
@@ -354,7 +355,7 @@ def timed(cfg, policy, optimizer, rows, copied, product):
         sampling_seconds=sampling,
         prefill_seconds=sampling - token * (T - 1),
         update_seconds=update_seconds,
-        update_of_product=rows / G * update_floor(lm, G, P, T) / product / update_seconds)
+        update_of_product=rows / G * update_floor(policy, G, P, T) / product / update_seconds)
 
 def main(cfg):
     try:
@@ -376,7 +377,7 @@ def main(cfg):
         copied, product = machine(dtype)
         policy = policy_of(config, torch.float32, "meta")
         with patch.object(mogrpo, "read_weights", random_weights):
-            policy = mogrpo.shard(policy, dtype, cfg.recompute)
+            mogrpo.shard(policy, dtype, cfg.recompute)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, fused=True)
         say(f"a copy moves {copied / 1e9:.0f} GB/s, a product makes {product / 1e12:.2f} TFLOP/s")
         for n in rows:

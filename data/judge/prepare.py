@@ -22,11 +22,10 @@ from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
-from mogrpo import DEVICE, DTYPES, by_length, catch_signals, collect, die, fill, heed_signals
-from mogrpo import join_world, launch, load, one_of, read_jsonl, render, require, say, to_json
-from mogrpo import write_text
+from mogrpo import Dtype, SCORED_TOKENS, by_length, catch_signals, collect, die, heed_signals
+from mogrpo import join_world, launch, left_padded, load_policy, load_weights, read_jsonl, render
+from mogrpo import require, say, to_json, write_text
 from reward_model import answered, check_out
 
 @dataclass
@@ -36,12 +35,11 @@ class Config:
     out: str = "ratings.jsonl"  # the same rows with "scores"; what a killed run left here is kept
     rubrics: str = ""           # JSON file {"axis": "what 1 and 5 mean"}; empty: RUBRICS, below
     max_tokens: int = 1024      # a longer question is not asked, its score is null
-    dtype: str = "auto"         # float32 | bfloat16 | float64; auto: bfloat16 on GPU
+    dtype: Dtype = "auto"       # of compute; auto: bfloat16 on a GPU, else float32
 
     def __post_init__(self):
         require(self.samples and self.judge, "give --samples=FILE.jsonl and --judge=MODEL")
         require(self.max_tokens > 0, f"--max_tokens={self.max_tokens}: must be greater than 0")
-        one_of("dtype", self.dtype, DTYPES)
         check_out(self.out, self.samples)
 
 RUBRICS = {
@@ -106,21 +104,21 @@ def questions(tokenizer, rows, rubrics):
     return ids
 
 @torch.no_grad()
-def digit_probs(model, tokenizer, ids, max_tokens):
+def digit_probs(judge, ids, max_tokens):
     """How likely each digit is the answer to a question -> p_M5; nan where that is too long."""
+    tokenizer = judge.tokenizer
     # The last token of each: some tokenizers put a space before it
     digits = [tokenizer(d, add_special_tokens=False)["input_ids"][-1] for d in "12345"]
     has_digits = len({*digits, tokenizer.unk_token_id}) == 6
     require(has_digits, f"{tokenizer.name_or_path}: its tokenizer has no tokens for 1 to 5")
     p_M5 = torch.full((len(ids), 5), math.nan)
     short = [m for m in range(len(ids)) if len(ids[m]) <= max_tokens]
-    for batch in by_length([len(ids[m]) for m in short]):
+    for batch in by_length([len(ids[m]) for m in short], SCORED_TOKENS):
         numbers = [short[i] for i in batch]
-        padded = tokenizer.pad({"input_ids": [ids[m] for m in numbers]}, padding_side="left",
-                               return_tensors="pt").to(DEVICE)  # all end in the last column
-        positions = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # of text, not padding
-        logits = model(**padded, position_ids=positions, use_cache=False, logits_to_keep=1).logits
-        p_BV = logits[:, -1].float().softmax(-1)  # of one position only: [B, V], not [B, T, V]
+        inputs = left_padded(judge, [ids[m] for m in numbers])
+        out = judge.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0,
+                             output_logits=True, return_dict_in_generate=True)
+        p_BV = out.logits[0].softmax(-1)  # of the one position that is asked for
         p_M5[numbers] = p_BV[:, digits].cpu()
     return p_M5
 
@@ -133,10 +131,10 @@ def main(cfg):
     rubrics = read_rubrics(cfg.rubrics) if cfg.rubrics else RUBRICS  # axis: rubric
     lines = lines_done(cfg.out, records, list(rubrics))
     rank, world, dtype = join_world(cfg.dtype)
-    model, tokenizer = load(AutoModelForCausalLM, cfg.judge)
-    for p in model.parameters():
-        p.data = p.data.to(dtype)  # not model.to(dtype): rotary frequencies must stay float32
-    fill(model).eval()
+    judge = load_policy(cfg.judge)
+    for p in judge.parameters():
+        p.data = p.data.to(dtype)  # not judge.to(dtype): rotary frequencies must stay float32
+    load_weights(judge)
     if rank == 0:
         write_text(cfg.out, "".join(lines))  # the same lines, without half a one at the end
 
@@ -146,8 +144,8 @@ def main(cfg):
     for start in tqdm(range(len(lines), len(rows), at_once), "rating", disable=rank > 0 or None):
         heed_signals()
         own_rows = rows[start:start + at_once][rank::world]
-        ids = questions(tokenizer, own_rows, rubrics)
-        p_M5 = digit_probs(model, tokenizer, ids, cfg.max_tokens)
+        ids = questions(judge.tokenizer, own_rows, rubrics)
+        p_M5 = digit_probs(judge, ids, cfg.max_tokens)
         p_NK5 = p_M5.view(len(own_rows), len(rubrics), 5)
         p_NK5 = torch.tensor(collect(p_NK5.tolist()))  # those of all processes
         scores_NK = p_NK5 @ (torch.arange(5) / 4) / p_NK5.sum(-1)  # the expected digit, 1 as 0

@@ -25,8 +25,8 @@ import reward_model
 from ablations.steer import stated
 from data.toy.truth import CARELESS, FRAMES, NONSENSE, POLITE, REFUSAL, REQUESTS, RUDE, VAGUE
 from data.toy.truth import request_of, scores
-from mogrpo import IS_FIRST, Policy, fill, join_world, launch, render, response_logp, sample, say
-from mogrpo import uniforms, write_text
+from mogrpo import IS_FIRST, fast_sample, go, join_world, launch, load_policy, load_weights, render
+from mogrpo import response_logp, save_folder, say, set_threads, uniforms, write_text
 
 @dataclass
 class Config:
@@ -167,9 +167,11 @@ def make_policy(demos, rng, folder):
     for record, answer in demos:
         texts += [record["prompt"], answer, *scores(record, answer)]
     save_untrained(word_tokenizer(" ".join(texts)), folder)
-    policy = fill(Policy(folder))
+    policy = load_weights(load_policy(folder))
+    go(policy, fast=True)  # a Qwen3: mogrpo.py's own attention and cache are right for it
+    set_threads(policy)
     fit(policy, demos, rng)
-    policy.lm.save_pretrained(folder)
+    save_folder(policy, folder, torch.float32)
     return policy
 
 # --------------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def answers_to_rate(policy, prompts, demos, rng):
     prompt_ids = [render(policy.tokenizer, ask(record)) for record in prompts]
     for temperature in (0.7, 1.0, 1.3):  # one answer at each; the hotter, the more nonsense
         u_BT = uniforms([(temperature, i) for i in range(len(prompts))], MAX_NEW_TOKENS)
-        responses, _ = sample(policy, prompt_ids, u_BT, temperature)
+        responses, _ = fast_sample(policy, prompt_ids, u_BT, temperature)
         texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
         pairs += zip(prompts, texts)
     return pairs
