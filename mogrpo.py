@@ -1186,10 +1186,11 @@ def decode(policy, cache, token_R, temperature):
     cache.position_R1.add_(1)
     cache.back_BTS = cache.position_R1[..., None] - torch.arange(cache.width, device=DEVICE)
     cache.masks = {}
+    # A mask that `attend` ignores: without any, some models look for padding, and wait for the GPU
+    no_mask = cache.position_R1[..., None, None]
     hidden_R1D = policy.base_model(
-        input_ids=token_R[:, None], position_ids=cache.position_R1, cache=cache, use_cache=False,
-        attention_mask=cache.position_R1[..., None, None]).last_hidden_state  # `attend` ignores it,
-    # but some models without one would look for padding, and wait
+        input_ids=token_R[:, None], position_ids=cache.position_R1, attention_mask=no_mask,
+        cache=cache, use_cache=False).last_hidden_state
     return head_logits(policy, hidden_R1D[:, 0], temperature)
 
 class Cache(dict):
