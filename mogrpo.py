@@ -1869,7 +1869,7 @@ def recorded(path, config_class):
 TOY = dict(policy="out/toy/policy", reward_model="out/toy/reward_model",
            prompts="out/toy/prompts.jsonl", heldout_prompts="out/toy/heldout_prompts.jsonl",
            truth=f"{HERE}/data/toy/truth.py", prompts_per_step=8, max_new_tokens=48, steps=80,
-           lr=8e-4, beta=0.08, log_interval=8)  # defaults while --policy=toy
+           lr=8e-4, beta=0.16, log_interval=8)  # defaults while --policy=toy
 
 def launch(main, config_class, doc, toy={}):
     """What every script does when it is run: flags, the toy world if it is asked for, `main(cfg)`.
