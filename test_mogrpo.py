@@ -905,6 +905,22 @@ def logged_scores():
         found.setdefault(key, []).append((row["response"], row["scores"]))
     return found
 
+def test_held_out_prompts_are_never_trained_on(tiny_run):
+    write_rows("prompts.jsonl", [dict(prompt=f"w{i} w{j}", answer="") for i in range(9)
+                                 for j in range(9)])
+    run_main(mogrpo, f"{tiny_run} --rules=rules.py --steps=20")  # a whole pass
+    rows = rows_of("out/mogrpo/samples.jsonl")
+    held, trained = [{r["index"] for r in rows if r["heldout"] == x} for x in (True, False)]
+    assert held and len(trained) > 70 and held.isdisjoint(trained)
+
+def test_c_makes_up_for_the_sampler():
+    """A truncated importance weight, on the gain alone."""
+    n = dict(old_logp_N=torch.zeros(2), ref_logp_N=tensor([0.5, 0.5]), token_share_N=torch.ones(2))
+    batch = SimpleNamespace(advantage_N=tensor([1.0, -1.0]), c_N=tensor([2.0, 0.5]), **n)
+    logp = torch.zeros(2, requires_grad=True)
+    loss, _ = mogrpo.objective(batch, logp, mogrpo.Config(beta=1.0))
+    assert torch.autograd.grad(loss, logp)[0].tolist() == [-2.0 - 0.5, 0.5 - 0.5]
+
 def test_rules_may_abstain_and_fail(flags, printed):
     """Each costs that response those axes only, and is named by its line; all failing the run."""
     write_text("helper.py", "def odd(text): return len(text) % 2")
