@@ -892,59 +892,54 @@ def head_logits(policy, hidden_ND, temperature):
 
 def packed_hidden(policy, rows):
     """hidden_ND of the tokens before each response token, and these tokens: targets_N."""
-    groups = []  # (prompt, its responses), of neighbours that share the very list
-    for prompt, response in rows:
-        if not groups or groups[-1][0] is not prompt:
-            groups.append((prompt, []))
-        groups[-1][1].append(response)
-    inputs, predictors_N, targets_N = layout(groups)
+    inputs, predictors_N, targets_N = layout(rows)
     hidden_1MD = policy.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden_1MD[0, predictors_N], targets_N
 
-def layout(groups):
-    """(prompt_ids, [response_ids, ...]) of each group -> the model's inputs, predictors_N,
-    targets_N.
+def layout(rows):
+    """(prompt_ids, response_ids) pairs -> the model's inputs, predictors_N, targets_N. Neighbours
+    whose prompt is the very same list share it:
 
         [ padding | prompt 1 | response 1 | ... | response G | prompt 2 | response 1 | ... ]
 
     All tokens stand end to end in one row of M: p + G r tokens instead of G (p + r). Positions go
-    on after the prompt in each of its responses, and the segments tell `attend` who sees whom. The
-    end token is a target like any other; the last token of a response predicts nothing, so it is
-    not there."""
+    on after the prompt in each of its responses, and the segments, one of all prompts and one of
+    all responses, tell `attend` who sees whom. The end token is a target like any other; the last
+    token of a response predicts nothing, so it is not there."""
     ids = [0]  # the padding of segments: one token
     positions = [0]
-    prompt_places, response_places = [], []  # of each text, where in the row its tokens are,
-    contexts = []  # and of each response all that it sees
+    prompts, responses = [], []  # of each text, where in the row its tokens are and what they see
     predictors, targets = [], []
 
-    def append(tokens, position):
-        first = len(ids)
+    def append(tokens, context):
+        places = list(range(len(ids), len(ids) + len(tokens)))
         ids.extend(tokens)
-        positions.extend(range(position, position + len(tokens)))
-        return range(first, len(ids))
+        positions.extend(range(len(context), len(context) + len(tokens)))
+        return places, context + places
 
-    for prompt, responses in groups:
-        prompt_places.append(append(prompt, 0))
-        for response in responses:
-            response_places.append(append(response[:-1], len(prompt)))
-            contexts.append([*prompt_places[-1], *response_places[-1]])
-            predictors += contexts[-1][len(prompt) - 1:]  # the prompt's last predicts the first
-            targets += response
+    shared = None
+    for prompt, response in rows:
+        if prompt is not shared:
+            shared = prompt
+            prompts.append(append(prompt, []))
+        _, context = prompts[-1]
+        responses.append(append(response[:-1], context))
+        _, seen = responses[-1]
+        predictors += seen[len(prompt) - 1:]  # the prompt's last predicts the first
+        targets += response
     position_M = torch.tensor(positions, device=DEVICE)
-    segments = [segment(prompt_places, prompt_places, position_M)]
-    if any(response_places):
-        segments.append(segment(response_places, contexts, position_M))
     inputs = dict(input_ids=torch.tensor([ids], device=DEVICE), position_ids=position_M[None],
-                  segments=segments)
+                  segments=[segment(prompts, position_M), segment(responses, position_M)])
     return inputs, torch.tensor(predictors, device=DEVICE), torch.tensor(targets, device=DEVICE)
 
-def segment(queries, keys, position_M):
-    """B lists of queries and of keys, as places in the row of M, keys in the order of positions ->
-    query_BT and key_BS, padded, and how far back each query sees each key."""
+def segment(texts, position_M):
+    """Where the tokens of B texts are in the row of M and where all that they see is, in the order
+    of positions -> query_BT and key_BS, padded, and how far back each query sees each key."""
     def padded(rows):
-        tensors = [torch.tensor(row, dtype=torch.long, device=DEVICE) for row in rows]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(DEVICE)
 
+    queries, keys = zip(*texts)
     query_BT = padded(queries)
     key_BS = padded(keys)
     key_BS = nn.functional.pad(key_BS, (0, -key_BS.shape[1] % 8))  # or fused attention copies masks
@@ -1078,7 +1073,7 @@ def choose_way(policy, cfg):
             go(policy, fast=True)
             hidden_ND, _ = packed_hidden(policy, rows)
             packed_NV = head_logits(policy, hidden_ND, temperature)
-            logits_PV, cache = prefill(policy, prompts, 1, T, temperature)
+            logits_PV, cache = prefill(policy, prompts, T, temperature)
             decoded = [logits_PV]
             for token_P in tokens_PT[:, :-1].T:
                 decoded.append(decode(policy, cache, token_P, temperature))
@@ -1148,9 +1143,9 @@ def fast_sample(policy, prompts, u_BT, temperature):
         t_1.add_(1)
         choose(logits_RV)
 
-    G = B // len(prompts)
-    logits_PV, cache = prefill(policy, prompts, G, T, temperature)
-    choose(logits_PV.repeat_interleave(G, 0))
+    rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
+    logits_BV, cache = prefill(policy, rows, T, temperature)
+    choose(logits_BV)
     t = 1
     while t < T and not must_stop():
         has_ended_R = torch.isin(tokens_BT[row_R, :t], end_tokens).any(1)
@@ -1167,19 +1162,17 @@ def fast_sample(policy, prompts, u_BT, temperature):
         t += turns
     return up_to_end(tokens_BT, logp_BT, policy.eos)
 
-def prefill(policy, prompts, G, T, temperature):
-    """Read each of P prompts once, all end to end -> logits_PV of what follows, and the cache of
-    G rows a prompt, with place for T new tokens."""
-    inputs, _, _ = layout([(prompt, []) for prompt in prompts])
-    length_P = torch.tensor([len(prompt) for prompt in prompts], device=DEVICE)
+def prefill(policy, prompts, T, temperature):
+    """Read the prompts of B rows, those that are the very same list once -> logits_BV of what
+    follows, and the cache of the rows, with place for T new tokens."""
+    inputs, last_B, _ = layout([(prompt, []) for prompt in prompts])
+    place_RS = inputs["segments"].pop().key_BS  # of responses, which have no tokens yet
     cache = Cache()
-    place_RS = inputs["segments"][0].key_BS.repeat_interleave(G, 0)
     cache.place_RS = nn.functional.pad(place_RS, (0, T + -T % 8))  # the new ones: of anything
-    cache.position_R1 = length_P.repeat_interleave(G)[:, None] - 1
     cache.width = cache.place_RS.shape[1]
+    cache.position_R1 = inputs["position_ids"][0, last_B, None]
     hidden_1MD = policy.base_model(**inputs, cache=cache, use_cache=False).last_hidden_state
-    last_P = length_P.cumsum(0)  # the first place is padding
-    return head_logits(policy, hidden_1MD[0, last_P], temperature), cache
+    return head_logits(policy, hidden_1MD[0, last_B], temperature), cache
 
 def decode(policy, cache, token_R, temperature):
     """The next token of each row -> logits_RV of what follows it."""

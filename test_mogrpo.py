@@ -814,8 +814,8 @@ def test_micro_batches(world):
             with mock.patch.object(mogrpo, "layout", side_effect=mogrpo.layout) as layout:
                 with pytest.raises(AttributeError):  # no model
                     mogrpo.packed_hidden(None, batch.rows)
-            [[groups]] = [call.args for call in layout.mock_calls]
-            inputs, _, _ = mogrpo.layout(groups)  # the padding token, and not the last ones
+            [[pairs]] = [call.args for call in layout.mock_calls]
+            inputs, _, _ = mogrpo.layout(pairs)  # the padding token, and not the last ones
             assert inputs["input_ids"].numel() == 1 + 5 + sum(lengths) - len(lengths)
         assert sorted(seen) == list(range(8))
 
