@@ -77,7 +77,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Literal
@@ -556,12 +556,10 @@ def setup(cfg):
     for reward_model in reward_models:
         shard(reward_model, dtype, mesh=mesh)
     state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, before={}, log_sizes={})
-    return Run(cfg=cfg, rank=rank, world=world, dtype=dtype, mesh=mesh, policy=policy,
-               reference=reference, reward_models=reward_models, rules=rules, truth=truth,
-               axes=axes, weights_K=weights_K, prompts=prompts, heldout=heldout,
-               optimizer=make_optimizer(policy, cfg), trained=policy, state=state,
-               seconds=defaultdict(float), combine=COMBINE[cfg.combine], objective=objective,
-               update=grpo_update, experience=experience)
+    return Run(cfg, rank, world, dtype, mesh, policy, reference, reward_models, rules, truth, axes,
+               weights_K, prompts, heldout, make_optimizer(policy, cfg), trained=policy,
+               state=state, seconds=defaultdict(float), experience=experience,
+               combine=COMBINE[cfg.combine], update=grpo_update, objective=objective)
 
 def axes_of(reward_models, rules):
     """The K names of the columns of `score_responses`."""
@@ -653,11 +651,10 @@ def load_reward_model(path, max_tokens=10**9, **head):
     `axes` are the K names."""
     model = load(AutoModelForSequenceClassification, path, **head)
     tokenizer = model.tokenizer
-    config = model.config.get_text_config()
-    config.pad_token_id = tokenizer.pad_token_id  # the head reads at the last token that is none
+    # The head reads at the last token that is none
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     # Too long a text loses its beginning: the response stands last
-    longest = getattr(config, "max_position_embeddings", max_tokens)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, longest)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, positions_of(model))
     tokenizer.truncation_side = "left"
     tokenizer.padding_side = "right"
     model.axes = [model.config.id2label[k] for k in range(model.config.num_labels)]
@@ -798,7 +795,7 @@ def group_metrics(run, scores_PGK, parts_PGK):
     std_P1K = std_of_scored(scores_PGK, 1)
     advantages_PG1 = parts_PGK.sum(-1, keepdim=True)
     deviation_PG1 = advantages_PG1 - advantages_PG1.mean()  # the mean is 0, but for some forks
-    share_PGK = parts_PGK * deviation_PG1 / deviation_PG1.square().mean().clamp(min=1e-12)
+    share_PGK = parts_PGK * deviation_PG1 / deviation_PG1.var(correction=0).clamp(min=1e-12)
     above_PG = (centred_PGK > floor).any(-1)
     below_PG = (centred_PGK < -floor).any(-1)
     rewards_PG = (run.weights_K * centred_PGK).sum(-1)  # less their group's mean
@@ -934,7 +931,7 @@ def layout(rows):
 
 def segment(texts, position_M):
     """Where the tokens of B texts are in the row of M and where all that they see is, in the order
-    of positions -> query_BT and key_BS, padded, and how far back each query sees each key."""
+    of positions -> query_BT and key_BS, padded, and the masks between them."""
     def padded(rows):
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(DEVICE)
@@ -944,20 +941,18 @@ def segment(texts, position_M):
     key_BS = padded(keys)
     key_BS = nn.functional.pad(key_BS, (0, -key_BS.shape[1] % 8))  # or fused attention copies masks
     back_BTS = position_M[query_BT][..., None] - torch.arange(key_BS.shape[1], device=DEVICE)
-    return SimpleNamespace(query_BT=query_BT, key_BS=key_BS, back_BTS=back_BTS, masks={})
+    masks = lru_cache(partial(mask_of, back_BTS))  # once for all layers of one kind
+    return SimpleNamespace(query_BT=query_BT, key_BS=key_BS, masks=masks)
 
 MASKED = -1e9  # added to a product before the softmax, it leaves exactly 0
 
-def mask_of(view, heads, window, dtype):
-    """What is added to the products, once for all layers of one kind; of so many query heads that
-    share a key's. A query sees what is 0 to `window` - 1 tokens back."""
-    key = heads, window
-    if key not in view.masks:
-        is_masked_BTS = view.back_BTS < 0
-        if window:
-            is_masked_BTS = is_masked_BTS | (view.back_BTS >= window)
-        view.masks[key] = (MASKED * is_masked_BTS).to(dtype).repeat(1, heads, 1)[:, None]
-    return view.masks[key]
+def mask_of(back_BTS, heads, window, dtype):
+    """What is added to the products, of so many query heads that share a key's. A query sees what
+    is 0 to `window` - 1 tokens back."""
+    is_masked_BTS = back_BTS < 0
+    if window:
+        is_masked_BTS = is_masked_BTS | (back_BTS >= window)
+    return (MASKED * is_masked_BTS).to(dtype).repeat(1, heads, 1)[:, None]
 
 def attend(module, query, key, value, attention_mask, segments=(), cache=None, scaling=None,
            sliding_window=None, softcap=None, **_):
@@ -969,12 +964,12 @@ def attend(module, query, key, value, attention_mask, segments=(), cache=None, s
     heads = query.shape[1] // key.shape[1]  # query heads that share a key's
     if not segments:
         key, value = cache.append(module.layer_idx, key, value)
-        mask = mask_of(cache, heads, sliding_window, query.dtype)
+        mask = cache.masks(heads, sliding_window, query.dtype)
         return attention(query, key, value, mask, scaling), None
     mixed = torch.zeros_like(query[0].transpose(0, 1))  # [M, heads, d]
     for s in segments:
         rows = take_rows(query, s.query_BT), take_rows(key, s.key_BS), take_rows(value, s.key_BS)
-        mixed_BThd = attention(*rows, mask_of(s, heads, sliding_window, query.dtype), scaling)
+        mixed_BThd = attention(*rows, s.masks(heads, sliding_window, query.dtype), scaling)
         mixed.index_copy_(0, s.query_BT.flatten(), mixed_BThd.flatten(0, 1))
     if cache is not None:
         cache.begin(module.layer_idx, key, value)
@@ -990,11 +985,8 @@ def attention(query, key, value, mask, scaling):
     more queries, so that no key is copied; the mask is repeated for them."""
     B, heads, T, d = query.shape
     query = query.reshape(B, key.shape[1], -1, d)
-    if T == 1 and query.dtype != torch.bfloat16:  # a CPU is faster so
-        products = query @ key.transpose(2, 3)
-        mixed = torch.add(mask, products, alpha=scaling or d**-0.5).softmax(-1) @ value
-    else:  # fused: bfloat16's products are not rounded before the softmax
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    # Fused: bfloat16's products are not rounded before the softmax
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return mixed.reshape(B, heads, T, -1).transpose(1, 2)
 
 transformers.AttentionInterface.register("mogrpo", attend)
@@ -1055,9 +1047,10 @@ def choose_way(policy, cfg):
     draw = random.Random(0).choices
     prompts = [draw(range(config.vocab_size), k=length) for length in (longest, 5)]
 
-    def gap(logits_NV):
-        difference_NV = logits_NV.log_softmax(-1) - stock_NV.log_softmax(-1)
-        return difference_NV.abs().max().item()
+    def gap(logits):
+        logits_PTV = logits.float().view_as(stock_PTV)
+        difference_PTV = logits_PTV.log_softmax(-1) - stock_PTV.log_softmax(-1)
+        return difference_PTV.abs().max().item()
 
     go(policy, fast=False)
     with gathered(policy):
@@ -1065,20 +1058,20 @@ def choose_way(policy, cfg):
                               pad_token_id=0, output_logits=True, return_dict_in_generate=True)
         tokens_PT = out.sequences[:, -T:]
         rows = list(zip(prompts, tokens_PT.tolist()))
-        stock_NV = torch.cat([plain_logits(policy, [row]) for row in rows]).float() / temperature
-        e = gap(torch.stack(out.logits, 1).flatten(0, 1) / temperature)
+        stock = [plain_logits(policy, [row]) for row in rows]
+        stock_PTV = torch.stack(stock).float() / temperature
+        e = gap(torch.stack(out.logits, 1) / temperature)
         require(e < 1, f"{policy.name_or_path}: no causal language model, or broken weights: the "
                 f"library's log-probs with its cache and without differ by {e:.2g}")
         try:
             go(policy, fast=True)
             hidden_ND, _ = packed_hidden(policy, rows)
-            packed_NV = head_logits(policy, hidden_ND, temperature)
+            packed_NV = head_logits(policy, hidden_ND, temperature)  # N: P x T
             logits_PV, cache = prefill(policy, prompts, T, temperature)
             decoded = [logits_PV]
             for token_P in tokens_PT[:, :-1].T:
                 decoded.append(decode(policy, cache, token_P, temperature))
-            decoded_NV = torch.stack(decoded, 1).flatten(0, 1)
-            differ = max(gap(packed_NV.float()), gap(decoded_NV.float()))
+            differ = max(gap(packed_NV), gap(torch.stack(decoded, 1)))
             reason = f"ours differ by {differ:.2g}, its own two ways by {e:.2g}"
         except Exception as error:  # models of others fail in any way they like
             differ, reason = math.inf, f"ours fail: {last_line(error)}"
@@ -1177,8 +1170,8 @@ def prefill(policy, prompts, T, temperature):
 def decode(policy, cache, token_R, temperature):
     """The next token of each row -> logits_RV of what follows it."""
     cache.position_R1.add_(1)
-    cache.back_BTS = cache.position_R1[..., None] - torch.arange(cache.width, device=DEVICE)
-    cache.masks = {}
+    back_R1S = cache.position_R1[..., None] - torch.arange(cache.width, device=DEVICE)
+    cache.masks = lru_cache(partial(mask_of, back_R1S))
     # A mask that `attend` ignores: without any, some models look for padding, and wait for the GPU
     no_mask = cache.position_R1[..., None, None]
     hidden_R1D = policy.base_model(
@@ -1326,16 +1319,17 @@ def log_step(run, step, metrics):
     if step % run.cfg.log_interval > 0 and step not in (1, run.cfg.steps):
         return
     left = timedelta(seconds=round(seconds * (run.cfg.steps - step)))
-    columns = dict(step=f"{step:>6}", reward=f"{metrics['reward']:>9.3f}",
-                   kl=f"{metrics['kl']:>8.3f}", length=f"{metrics['length']:>8.1f}",
-                   sec=f"{seconds:>7.2f}", left=f"{left!s:>9}")
+    header = "  step   reward      kl  length    sec     left"
+    line = (f"{step:>6}{metrics['reward']:>9.3f}{metrics['kl']:>8.3f}{metrics['length']:>8.1f}"
+            f"{seconds:>7.2f}{left!s:>9}")
     for axis in run.axes:  # its mean score, and its share of what moves the policy
         cell = f"{metrics[f'score/{axis}']:.2f}{metrics[f'share/{axis}']:>5.0%}"
-        columns[axis] = cell.rjust(max(11, 1 + len(axis)))
+        width = max(11, 1 + len(axis))
+        header += axis.rjust(width)
+        line += cell.rjust(width)
     if run.wants_header:
-        header = "".join(name.rjust(len(cell)) for name, cell in columns.items())
         say("\n" + header[:100])  # a line of a terminal; metrics.jsonl has the rest
-    say("".join(columns.values())[:100])
+    say(line[:100])
     run.wants_header = False
 
 def answer_heldout(run):
@@ -1356,9 +1350,9 @@ def evaluate(run, step):
         return
     rows, scores_BE, names = answer_heldout(run)
     log_samples(run, step, rows, scores_BE, heldout=True)
-    sums = total(dict(zip(names, scores_BE.double().nansum(0))))
-    counts = total(dict(zip(names, scores_BE.isfinite().sum(0))))
-    means = {name: sums[name] / (counts[name] or math.nan) for name in names}  # of those with one
+    scores_PGE = scores_BE.unflatten(0, (-1, run.cfg.eval_samples))
+    all_scores_PGE = torch.tensor(collect(scores_PGE.tolist()))
+    means = dict(zip(names, all_scores_PGE.nanmean((0, 1)).tolist()))
     write_row(run, "metrics.jsonl", dict(step=step) | means)
 
     before = run.state["before"]
@@ -1374,7 +1368,8 @@ def evaluate(run, step):
 def save_results(run):
     """policy/ and, with LoRA, adapter/."""
     cfg = run.cfg
-    save_folder(run.policy, f"{cfg.out_dir}/policy", run.policy.saved_dtype)  # as precise as read
+    read_as = run.policy.config.dtype or torch.float32
+    save_folder(run.policy, f"{cfg.out_dir}/policy", read_as)
     if cfg.lora_rank > 0:
         save_adapter(run.policy, f"{cfg.out_dir}/adapter", cfg)
     say(f"saved in {cfg.out_dir}: policy/ (a Hugging Face folder), metrics.jsonl, samples.jsonl, "
@@ -1489,9 +1484,9 @@ def load(auto_class, path, **head):
     require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids),
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
     model.eval()  # no dropout: noise in a score, and rho would differ from 1
+    model.auto_class = auto_class
     model.tokenizer = tokenizer
     model.stock_attention = config._attn_implementation
-    model.saved_dtype = config.dtype or torch.float32
     model.added = {}  # weights that are in no file
     return model
 
@@ -1499,9 +1494,8 @@ def read_weights(model):
     """{name: weight} of a model of `load`, read by the library, whole and into the host's memory.
     Only safetensors: a pickle can run code."""
     path = model.name_or_path
-    model_class = getattr(transformers, type(model).__name__.removeprefix("FSDP"))
     try:
-        whole, info = model_class.from_pretrained(
+        whole, info = model.auto_class.from_pretrained(
             path, config=model.config, dtype="auto", use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as e:  # somebody else's files fail in any way they like
@@ -1634,7 +1628,7 @@ def lock(out_dir):
     half of every weight would be lost."""
     path = f"{out_dir}.lock"
     if IS_FIRST:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         LOCKS.append(open(path, "w"))
         try:
             fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)

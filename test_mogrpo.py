@@ -345,7 +345,7 @@ def test_loaded_and_saved_equals_the_library(kind, tied, world):
     weights = [weight.full_tensor() for weight in policy.parameters()]  # a tied one once
     equal(weights, list(stock.parameters()))
     equal(list(policy.buffers()), list(stock.buffers()))
-    mogrpo.save_folder(policy, "again", policy.saved_dtype)
+    mogrpo.save_folder(policy, "again", policy.config.dtype)
     saved = stock_model("again")
     assert saved.dtype == torch.bfloat16
     ids = tensor([PROMPTS[1]])
@@ -456,7 +456,7 @@ def test_the_fast_way_is_left_where_it_differs(world, monkeypatch, printed):
     mogrpo.choose_way(policy, LIMITS)
     assert policy.fast
     real = mogrpo.mask_of
-    forgetful = lambda view, heads, window, dtype: real(view, heads, None, dtype)
+    forgetful = lambda back, heads, window, dtype: real(back, heads, None, dtype)
     monkeypatch.setattr(mogrpo, "mask_of", forgetful)
     mogrpo.choose_way(policy, LIMITS)
     assert not policy.fast and "slower: ours differ by" in printed()
