@@ -704,9 +704,9 @@ def load_rules(path, prompt):
         module = import_file(path)
         rules.sees_groups = hasattr(module, "group_scores")
         rules.function = module.group_scores if rules.sees_groups else module.scores
-        [answer] = answers_of(rules, [[dict(prompt=prompt, response=[], text="", truncated=False)]])
-        if isinstance(answer, Exception):
-            raise answer
+        row = dict(prompt=prompt, response=[], text="", truncated=False)
+        [call] = calls_of(rules, [[row]])
+        answer = call()
         rules.axes = list(answer[0] if rules.sees_groups else answer)  # in the order of its dict
     except Exception as e:  # a program of the user's
         die(f"{path}: scores(record, response) failed on an empty response: {e!r}")
@@ -722,9 +722,9 @@ def import_file(path):
     assert os.path.realpath(module.__file__) == f"{folder}/{name}", "another module has its name"
     return module
 
-def answers_of(rules, units):
-    """What the user's function says of each unit of rows, all of a group or a single one; or the
-    exception in which it ended."""
+def calls_of(rules, units):
+    """For each unit of rows, all of a group or a single one, a call that returns what the user's
+    function says of it, or raises what it raises."""
     calls = []
     for unit in units:
         texts = [row["text"] for row in unit]
@@ -735,22 +735,16 @@ def answers_of(rules, units):
         record = unit[0]["prompt"]["record"] | dict(tokens=tokens, truncated=truncated)
         calls.append(partial(rules.function, record, texts))
     if inspect.iscoroutinefunction(rules.function):  # a judge behind a server: all at once
-        return asyncio.run(together(calls))
-    return [attempt(call) for call in calls]
+        calls = asyncio.run(finished(calls))
+    return calls
 
-async def together(calls):
-    return await asyncio.gather(*[call() for call in calls], return_exceptions=True)
-
-def attempt(call):
-    try:
-        return call()
-    except Exception as e:
-        return e
+async def finished(calls):
+    tasks = [asyncio.create_task(call()) for call in calls]
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return [task.result for task in tasks]
 
 def numbers_of(rules, answer, n):
     """An answer on n rows -> n lists of K numbers; what is none raises."""
-    if isinstance(answer, Exception):
-        raise answer
     found = answer if rules.sees_groups else [answer]
     assert len(found) == n, f"{len(found)} answers on {n} responses"
     numbers = []
@@ -764,13 +758,13 @@ def rule_scores(rules, rows):
     """The rules' scores of the rows of `rollout` -> scores_BK; nan or None: an axis has nothing to
     say about a response. Where the rules fail, a response has no score on any of their axes, and it
     is told; where they fail on all of the step's, the run ends. Every process must call it."""
-    one_unit = (lambda row: id(row["prompt"])) if rules.sees_groups else id
-    units = [list(unit) for _, unit in groupby(rows, one_unit)]
+    same_unit = lambda row: id(row["prompt"] if rules.sees_groups else row)
+    units = [list(unit) for _, unit in groupby(rows, same_unit)]
     scores = []
     failures = []
-    for unit, answer in zip(units, answers_of(rules, units)):
+    for unit, call in zip(units, calls_of(rules, units)):
         try:
-            scores += numbers_of(rules, answer, len(unit))
+            scores += numbers_of(rules, call(), len(unit))
         except Exception as e:
             scores += [[math.nan] * len(rules.axes)] * len(unit)
             failures.append(f"{unit[0]['prompt']['where']}: {e!r}")
@@ -861,8 +855,8 @@ def plain_logits(policy, rows):
     logits_BSV = policy(input_ids=ids_BS, use_cache=False).logits
     logits = []
     for (prompt, response), logits_SV in zip(rows, logits_BSV):
-        first = len(prompt) - 1  # the last token of the prompt predicts the first of the response
-        logits.append(logits_SV[first:first + len(response)])
+        # The last token of the prompt predicts the first of the response
+        logits.append(logits_SV[len(prompt) - 1:][:len(response)])
     return torch.cat(logits)
 
 def token_logp(logits_NV, targets_N):
@@ -909,19 +903,20 @@ def layout(rows):
     predictors, targets = [], []
 
     def append(tokens, context):
-        places = list(range(len(ids), len(ids) + len(tokens)))
+        first = len(ids)
         ids.extend(tokens)
-        positions.extend(range(len(context), len(context) + len(tokens)))
-        return places, context + places
+        seen = [*context, *range(first, len(ids))]  # by the last of them
+        positions.extend(range(len(context), len(seen)))
+        return seen
 
     shared = None
     for prompt, response in rows:
         if prompt is not shared:
             shared = prompt
-            prompts.append(append(prompt, []))
-        _, context = prompts[-1]
-        responses.append(append(response[:-1], context))
-        _, seen = responses[-1]
+            context = append(prompt, [])
+            prompts.append((context, context))
+        seen = append(response[:-1], context)
+        responses.append((seen[len(prompt):], seen))
         predictors += seen[len(prompt) - 1:]  # the prompt's last predicts the first
         targets += response
     position_M = torch.tensor(positions, device=DEVICE)
@@ -971,8 +966,8 @@ def attend(module, query, key, value, attention_mask, segments=(), cache=None, s
         rows = take_rows(query, s.query_BT), take_rows(key, s.key_BS), take_rows(value, s.key_BS)
         mixed_BThd = attention(*rows, s.masks(heads, sliding_window, query.dtype), scaling)
         mixed.index_copy_(0, s.query_BT.flatten(), mixed_BThd.flatten(0, 1))
-    if cache is not None:
-        cache.begin(module.layer_idx, key, value)
+    if cache is not None:  # each of its rows gets its prompt's
+        cache[module.layer_idx] = [take_rows(x, cache.place_RS).contiguous() for x in (key, value)]
     return mixed[None], None
 
 def take_rows(x, numbers_BT):
@@ -987,7 +982,7 @@ def attention(query, key, value, mask, scaling):
     query = query.reshape(B, key.shape[1], -1, d)
     # Fused: bfloat16's products are not rounded before the softmax
     mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    return mixed.reshape(B, heads, T, -1).transpose(1, 2)
+    return mixed.reshape(B, heads, T, value.shape[3]).transpose(1, 2)
 
 transformers.AttentionInterface.register("mogrpo", attend)
 
@@ -1050,7 +1045,7 @@ def choose_way(policy, cfg):
     def gap(logits):
         logits_PTV = logits.float().view_as(stock_PTV)
         difference_PTV = logits_PTV.log_softmax(-1) - stock_PTV.log_softmax(-1)
-        return difference_PTV.abs().max().item()
+        return difference_PTV.abs().max()
 
     go(policy, fast=False)
     with gathered(policy):
@@ -1071,7 +1066,7 @@ def choose_way(policy, cfg):
             decoded = [logits_PV]
             for token_P in tokens_PT[:, :-1].T:
                 decoded.append(decode(policy, cache, token_P, temperature))
-            differ = max(gap(packed_NV), gap(torch.stack(decoded, 1)))
+            differ = torch.maximum(gap(packed_NV), gap(torch.stack(decoded, 1))).item()
             reason = f"ours differ by {differ:.2g}, its own two ways by {e:.2g}"
         except Exception as error:  # models of others fail in any way they like
             differ, reason = math.inf, f"ours fail: {last_line(error)}"
@@ -1184,10 +1179,6 @@ class Cache(dict):
     d], filled by `attend`. A token's column is its position. All columns are there from the
     beginning, written in place and read up to `width`, so that no address changes while tokens are
     decoded."""
-    def begin(self, layer, *pair):
-        """Each row gets its prompt's."""
-        self[layer] = [take_rows(x, self.place_RS).contiguous() for x in pair]
-
     def append(self, layer, *pair):
         """Those of the next tokens -> of all tokens."""
         column_R111 = self.position_R1[:, :, None, None]
@@ -1232,8 +1223,8 @@ def packed_together(rows, cfg):
     """Which of the rows of `rollout` make a micro-batch -> lists of row numbers, each of at most
     `micro_tokens` padded tokens. A group stays together, as if all were as long as its longest."""
     widths_B = torch.tensor([len(row["prompt"]["ids"]) + len(row["response"]) for row in rows])
-    widest_PG = widths_B.view(-1, cfg.group_size)
-    longest_B = widest_PG.amax(1).repeat_interleave(cfg.group_size)
+    longest_P = widths_B.view(-1, cfg.group_size).amax(1)
+    longest_B = longest_P.repeat_interleave(cfg.group_size)
     return by_length(longest_B.tolist(), cfg.micro_tokens)
 
 def even_out(batches):
