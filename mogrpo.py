@@ -272,7 +272,7 @@ def sample(policy, prompts, u_BT, temperature):
     logits are, and asks once a turn which tokens come next."""
     B, T = u_BT.shape
     rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
-    inputs = left_padded(policy, rows)  # so that all go on in the same column
+    inputs = batch_of(policy, rows)  # so that all go on in the same column
     logps = []  # logp_B of each turn
 
     def choose(ids_BS, logits_BV):
@@ -669,8 +669,7 @@ def load_reward_models(paths):
 
 def logits_of(reward_model, ids):
     """Lists of token ids -> logits_NK; padded on the right."""
-    batch = reward_model.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(DEVICE)
-    return reward_model(**batch).logits.float()
+    return reward_model(**batch_of(reward_model, ids, "right")).logits.float()
 
 @torch.no_grad()
 def score(reward_model, texts):
@@ -758,8 +757,10 @@ def rule_scores(rules, rows):
     """The rules' scores of the rows of `rollout` -> scores_BK; nan or None: an axis has nothing to
     say about a response. Where the rules fail, a response has no score on any of their axes, and it
     is told; where they fail on all of the step's, the run ends. Every process must call it."""
-    same_unit = lambda row: id(row["prompt"] if rules.sees_groups else row)
-    units = [list(unit) for _, unit in groupby(rows, same_unit)]
+    def unit_of(row):  # what the function sees at a time
+        return id(row["prompt"] if rules.sees_groups else row)
+
+    units = [list(unit) for _, unit in groupby(rows, unit_of)]
     scores = []
     failures = []
     for unit, call in zip(units, calls_of(rules, units)):
@@ -1029,27 +1030,24 @@ def go(policy, fast):
 @torch.no_grad()
 def choose_way(policy, cfg):
     """Take the fast way where it gives the library's numbers: log-probs of the whole vocabulary, at
-    the run's temperature, with these weights, on text longer than the model's attention window. The
-    bound calibrates itself: the library's own two ways, with its cache and without, differ by e
-    (bfloat16's rounding grows with the logits), and ours may by 2 e."""
-    config = policy.config.get_text_config()
+    the run's temperature, with these weights, on a text as long as the run's longest row: so past
+    the model's attention window, if any row is. The bound calibrates itself: the library's own two
+    ways, with its cache and without, differ by e (bfloat16's rounding grows with the logits), and
+    ours may by 2 e."""
     temperature = max(0.1, cfg.temperature)
     T = min(16, cfg.max_new_tokens)
-    # Text past the model's window, whatever its name, but no longer than this run's longest row
-    windows = [n for name, n in config.to_dict().items()
-               if isinstance(n, int) and re.search("window|chunk", name)]
-    longest = min(max(256, *windows), cfg.max_prompt_tokens + cfg.max_new_tokens - T)
+    longest = min(cfg.max_prompt_tokens + cfg.max_new_tokens, positions_of(policy)) - T
     draw = random.Random(0).choices
-    prompts = [draw(range(config.vocab_size), k=length) for length in (longest, 5)]
+    vocabulary = range(policy.config.get_text_config().vocab_size)
+    prompts = [draw(vocabulary, k=length) for length in (longest, 5)]
 
-    def gap(logits):
-        logits_PTV = logits.float().view_as(stock_PTV)
-        difference_PTV = logits_PTV.log_softmax(-1) - stock_PTV.log_softmax(-1)
-        return difference_PTV.abs().max()
+    def gap(logits_PTV):
+        difference_PTV = logits_PTV.float().log_softmax(-1) - stock_PTV.log_softmax(-1)
+        return difference_PTV.abs().max().item()
 
     go(policy, fast=False)
     with gathered(policy):
-        out = policy.generate(**left_padded(policy, prompts), max_new_tokens=T, do_sample=False,
+        out = policy.generate(**batch_of(policy, prompts), max_new_tokens=T, do_sample=False,
                               pad_token_id=0, output_logits=True, return_dict_in_generate=True)
         tokens_PT = out.sequences[:, -T:]
         rows = list(zip(prompts, tokens_PT.tolist()))
@@ -1061,12 +1059,13 @@ def choose_way(policy, cfg):
         try:
             go(policy, fast=True)
             hidden_ND, _ = packed_hidden(policy, rows)
-            packed_NV = head_logits(policy, hidden_ND, temperature)  # N: P x T
+            packed_PTV = head_logits(policy, hidden_ND, temperature).view_as(stock_PTV)
             logits_PV, cache = prefill(policy, prompts, T, temperature)
             decoded = [logits_PV]
             for token_P in tokens_PT[:, :-1].T:
                 decoded.append(decode(policy, cache, token_P, temperature))
-            differ = torch.maximum(gap(packed_NV), gap(torch.stack(decoded, 1))).item()
+            decoded_PTV = torch.stack(decoded, 1)
+            differ = gap(torch.stack([packed_PTV, decoded_PTV]))
             reason = f"ours differ by {differ:.2g}, its own two ways by {e:.2g}"
         except Exception as error:  # models of others fail in any way they like
             differ, reason = math.inf, f"ours fail: {last_line(error)}"
@@ -1098,11 +1097,11 @@ def gathered(model):
         module._forward_hooks = after
         module.reshard()  # frees the copy before the update needs the memory
 
-def left_padded(policy, rows):
-    """Lists of token ids -> input_ids and attention_mask; all rows end in the same column."""
-    tokenizer = policy.tokenizer
-    padded = tokenizer.pad(dict(input_ids=rows), padding_side="left", return_tensors="pt")
-    return padded.to(DEVICE)
+def batch_of(model, rows, side="left"):
+    """Lists of token ids -> input_ids and attention_mask, padded on a side; on the left, so that
+    all rows end in the same column."""
+    batch = model.tokenizer.pad(dict(input_ids=rows), padding_side=side, return_tensors="pt")
+    return batch.to(DEVICE)
 
 USE_GRAPHS = CUDA
 LOOK_EVERY = 64 if CUDA else 4  # tokens between two looks at which rows have ended
@@ -1134,11 +1133,10 @@ def fast_sample(policy, prompts, u_BT, temperature):
     rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
     logits_BV, cache = prefill(policy, rows, T, temperature)
     choose(logits_BV)
-    t = 1
-    while t < T and not must_stop():
+    for t in range(1, T, LOOK_EVERY):
         has_ended_R = torch.isin(tokens_BT[row_R, :t], end_tokens).any(1)
         going = (~has_ended_R).nonzero().squeeze(1)  # waits for the GPU
-        if len(going) == 0:
+        if len(going) == 0 or must_stop():
             break
         if len(going) < len(row_R):
             cache.keep(going)
@@ -1147,7 +1145,6 @@ def fast_sample(policy, prompts, u_BT, temperature):
         cache.width = max(map(len, prompts)) + t + turns - 1  # columns that are read
         cache.width += -cache.width % 8  # or fused attention copies the mask in every call
         repeat(turn, turns)
-        t += turns
     return up_to_end(tokens_BT, logp_BT, policy.eos)
 
 def prefill(policy, prompts, T, temperature):
@@ -1304,7 +1301,7 @@ def log_step(run, step, metrics):
     if IS_FIRST:  # a resumed run cuts off what comes after
         for name in LOGS:
             run.state["log_sizes"][name] = os.path.getsize(f"{run.cfg.out_dir}/{name}")
-    if metrics["sampler_gap"] > (0.2 if run.dtype == torch.bfloat16 else 0.05) and not run.warned:
+    if metrics["sampler_gap"] > 0.2 and not run.warned:
         run.warned = True  # once
         say(f"warning: the sampler's log-probs are {metrics['sampler_gap']:.2f} off the trainer's")
     if step % run.cfg.log_interval > 0 and step not in (1, run.cfg.steps):
