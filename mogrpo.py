@@ -973,6 +973,7 @@ def attend(module, query, key, value, attention_mask, segments=(), cache=None, s
 
 def take_rows(x, numbers_BT):
     """[1, heads, M, d] -> [B, heads, T, d]"""
+    # Not by x[0][:, numbers_BT], whose gradient is slower
     rows = x[0].index_select(1, numbers_BT.flatten()).unflatten(1, numbers_BT.shape)
     return rows.transpose(0, 1)
 
@@ -1541,14 +1542,14 @@ def put_in_place(path):
 # --------------------------------------------------------------------------------------------------
 # 4.8 Checkpoints
 
-def trained_tensors(model, optimizer):
+def trained_tensors(model, optimizer, updates):
     """What training changes, by name: trainable weights and their AdamW moments, which are made as
-    0 before the first update."""
+    0 before the first update. AdamW's bias correction is told the number of updates."""
     named = {}
     for name, p in model.named_parameters():
         if p.requires_grad:  # with LoRA the base is not in it
             moments = optimizer.state[p]
-            moments.setdefault("step", torch.tensor(0.0, device=DEVICE))
+            moments["step"] = torch.tensor(float(updates), device=DEVICE)
             named[name] = p.detach()
             for kind in ("exp_avg", "exp_avg_sq"):
                 named[f"{name}.{kind}"] = moments.setdefault(kind, torch.zeros_like(p))
@@ -1561,7 +1562,7 @@ def save_checkpoint(out_dir, model, optimizer, state):
     unfinished = f"{out_dir}/checkpoint.tmp"
     if IS_FIRST:
         shutil.rmtree(unfinished, ignore_errors=True)  # all wait for it in the plan of `save`
-    named = trained_tensors(model, optimizer)
+    named = trained_tensors(model, optimizer, state["updates"])
     files = {name: 1 + i // 64 for i, name in enumerate(named)}  # each is made in memory first
     dcp.save(named, storage_writer=dcp.HuggingFaceStorageWriter(
         unfinished, files, save_distributed=True))  # on disk, not in its cache
@@ -1584,10 +1585,8 @@ def load_checkpoint(out_dir, model, optimizer, state):
     try:
         stored = json.load(open(f"{folder}/state.json"))
         assert stored.pop("files") == len(os.listdir(folder)) - 1, "there are other files in it"
-        named = trained_tensors(model, optimizer)
+        named = trained_tensors(model, optimizer, stored["updates"])
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=True)
-        for moments in optimizer.state.values():
-            moments["step"].fill_(stored["updates"])  # AdamW's bias correction counts them
     except (Exception, dcp.CheckpointException) as e:  # files fail in any way they like
         die(f"{folder}: the checkpoint is damaged or of another model: {last_line(e)}")
     state |= stored
