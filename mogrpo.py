@@ -851,9 +851,8 @@ def reference_logp(run, batch):
 def plain_logits(policy, rows):
     """The library's own logits_NV for the response tokens of (prompt_ids, response_ids) pairs; all
     of them exist at a time. Rows are padded on the right, where a causal model never looks."""
-    ids = [torch.tensor(prompt + response, device=DEVICE) for prompt, response in rows]
-    ids_BS = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    logits_BSV = policy(input_ids=ids_BS, use_cache=False).logits
+    inputs = batch_of(policy, [prompt + response for prompt, response in rows], "right")
+    logits_BSV = policy(input_ids=inputs["input_ids"], use_cache=False).logits
     logits = []
     for (prompt, response), logits_SV in zip(rows, logits_BSV):
         # The last token of the prompt predicts the first of the response
@@ -945,9 +944,7 @@ MASKED = -1e9  # added to a product before the softmax, it leaves exactly 0
 def mask_of(back_BTS, heads, window, dtype):
     """What is added to the products, of so many query heads that share a key's. A query sees what
     is 0 to `window` - 1 tokens back."""
-    is_masked_BTS = back_BTS < 0
-    if window:
-        is_masked_BTS = is_masked_BTS | (back_BTS >= window)
+    is_masked_BTS = (back_BTS < 0) | (back_BTS >= (window or math.inf))
     return (MASKED * is_masked_BTS).to(dtype).repeat(1, heads, 1)[:, None]
 
 def attend(module, query, key, value, attention_mask, segments=(), cache=None, scaling=None,
