@@ -525,9 +525,9 @@ def setup(cfg):
     require(cfg.prompts and (cfg.reward_model or cfg.rules),
             "give --prompts=FILE.jsonl, and --reward_model=DIR or --rules=FILE.py or both")
     rank, world, dtype = join_world(cfg.dtype)
-    mesh = device_mesh(cfg.hsdp)
+    mesh = device_mesh(cfg.hsdp)  # one for all models
     policy = load_policy(cfg.policy)  # `shard` will read its weights
-    set_threads(policy)
+    set_threads(policy)  # on a CPU
     torch.manual_seed(cfg.seed)  # a LoRA adapter starts at random
     if cfg.lora_rank > 0:
         add_lora(policy, cfg.lora_rank, cfg.lora_alpha)
@@ -540,7 +540,7 @@ def setup(cfg):
     rules = load_rules(cfg.rules, prompts[0])
     truth = load_rules(cfg.truth, prompts[0])
     reward_models = load_reward_models(cfg.reward_model)
-    axes = axes_of(reward_models, rules)
+    axes = axes_of(reward_models, rules)  # K names
     weight_of = axis_numbers("weights", cfg.weights, axes, 1e6)
     weights_K = torch.tensor([weight_of.get(axis, 1.0) for axis in axes])
     require(weights_K.sum() > 0, f"--weights={cfg.weights}: all axes weigh 0, or there is none")
@@ -548,7 +548,7 @@ def setup(cfg):
     # The policy in training, and its frozen start as reference. With LoRA the reference is the
     # policy without its adapter: no memory of its own. With beta = 0 there is none
     shard(policy, dtype, cfg.recompute, mesh)
-    choose_way(policy, cfg)
+    choose_way(policy, cfg)  # the fast one, or the library's own
     reference = None
     if cfg.beta > 0 and cfg.lora_rank == 0:
         reference = shard(load_policy(cfg.policy).requires_grad_(False), dtype, mesh=mesh)
@@ -579,7 +579,7 @@ def axis_numbers(flag, text, axes, most):
     """The value of --weights or another such flag, "safety=2,politeness=1" -> {axis: number}."""
     numbers = {}
     for pair in text.split(",") if text else []:
-        axis, _, number = pair.partition("=")
+        axis, _, number = pair.partition("=")  # "safety", "2"
         require(axis in axes, f"--{flag}: no axis is named {axis!r}; there are {', '.join(axes)}")
         require(axis not in numbers and is_number(number) and 0 <= float(number) <= most,
                 f"--{flag}: {pair}: expected axis=number, from 0 to {most:g} and each axis once")
@@ -598,7 +598,7 @@ def load_prompts(path, policy, cfg):
         if 0 < len(ids) <= longest:
             prompts.append(dict(record=record, where=where, messages=messages,
                                 tag=record.get("tag"), index=index, ids=ids))
-    skipped = index + 1 - len(prompts)
+    skipped = index + 1 - len(prompts)  # of all records
     if skipped > 0:
         say(f"warning: {skipped} prompts in {path} are empty or longer than {longest} tokens (by "
             f"--max_prompt_tokens, or the model's positions less --max_new_tokens): skipped")
@@ -609,7 +609,7 @@ def positions_of(model):
     dynamic), only the original length: past it a token's log-prob would depend on its neighbours'
     lengths in the micro-batch."""
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}  # of rotary positions, if it has them
     if rope.get("rope_type") in ("longrope", "dynamic"):
         return rope.get("original_max_position_embeddings") or config.max_position_embeddings
     return getattr(config, "max_position_embeddings", None) or math.inf
@@ -619,7 +619,7 @@ def split_prompts(cfg, policy):
     prompts = load_prompts(cfg.prompts, policy, cfg)
     if cfg.heldout_prompts:
         return prompts, load_prompts(cfg.heldout_prompts, policy, cfg)
-    fraction = min(0.05, 64 / (1 + len(prompts)))
+    fraction = min(0.05, 64 / (1 + len(prompts)))  # one in twenty, and about 64 at most
     sides = [], []  # not held out, held out
     for prompt in prompts:
         sides[is_held_out(prompt["messages"], fraction, cfg.seed)].append(prompt)
@@ -656,7 +656,7 @@ def load_reward_model(path, max_tokens=10**9, **head):
     # Too long a text loses its beginning: the response stands last
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, positions_of(model))
     tokenizer.truncation_side = "left"
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = "right"  # where stock tools pad, too
     model.axes = [model.config.id2label[k] for k in range(model.config.num_labels)]
     require("LABEL_0" not in model.axes, f"{path}: its id2label does not name the axes")
     check_axes(model.axes, path)
@@ -734,17 +734,17 @@ def calls_of(rules, units):
         record = unit[0]["prompt"]["record"] | dict(tokens=tokens, truncated=truncated)
         calls.append(partial(rules.function, record, texts))
     if inspect.iscoroutinefunction(rules.function):  # a judge behind a server: all at once
-        calls = asyncio.run(finished(calls))
+        calls = asyncio.run(finished(calls))  # they return or raise what is known by now
     return calls
 
 async def finished(calls):
     tasks = [asyncio.create_task(call()) for call in calls]
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*tasks, return_exceptions=True)  # one that fails stops no other
     return [task.result for task in tasks]
 
 def numbers_of(rules, answer, n):
     """An answer on n rows -> n lists of K numbers; what is none raises."""
-    found = answer if rules.sees_groups else [answer]
+    found = answer if rules.sees_groups else [answer]  # n dicts of scores
     assert len(found) == n, f"{len(found)} answers on {n} responses"
     numbers = []
     for scores in found:
@@ -767,7 +767,7 @@ def rule_scores(rules, rows):
         try:
             scores += numbers_of(rules, call(), len(unit))
         except Exception as e:
-            scores += [[math.nan] * len(rules.axes)] * len(unit)
+            scores += [[math.nan] * len(rules.axes)] * len(unit)  # no score on any axis
             failures.append(f"{unit[0]['prompt']['where']}: {e!r}")
     failures = sum(collect([failures]), [])  # of all processes
     calls = sum(collect([len(units)]))
@@ -788,7 +788,7 @@ def group_metrics(run, scores_PGK, parts_PGK):
     floor = run.cfg.std_floor
     centred_PGK = centred(scores_PGK)
     std_P1K = std_of_scored(scores_PGK, 1)
-    advantages_PG1 = parts_PGK.sum(-1, keepdim=True)
+    advantages_PG1 = parts_PGK.sum(-1, keepdim=True)  # A of each response
     deviation_PG1 = advantages_PG1 - advantages_PG1.mean()  # the mean is 0, but for some forks
     share_PGK = parts_PGK * deviation_PG1 / deviation_PG1.var(correction=0).clamp(min=1e-12)
     above_PG = (centred_PGK > floor).any(-1)
@@ -799,8 +799,8 @@ def group_metrics(run, scores_PGK, parts_PGK):
                    conflict=(above_PG & below_PG).float().mean().item())
     by_axis = dict(score=scores_PGK, missing=scores_PGK.isnan(), std=std_P1K,
                    zero_std=std_P1K < floor, share=share_PGK)
-    for name, values in by_axis.items():
-        for axis, mean in zip(run.axes, values.float().nanmean((0, 1)).tolist()):
+    for name, values in by_axis.items():  # PGK or P1K
+        for axis, mean in zip(run.axes, values.float().nanmean((0, 1)).tolist()):  # K means
             metrics[f"{name}/{axis}"] = mean
     return metrics
 
@@ -978,7 +978,7 @@ def attention(query, key, value, mask, scaling):
     """[B, heads, T, d] -> [B, T, heads, d]. Query heads that share a key's are taken as one head of
     more queries, so that no key is copied; the mask is repeated for them."""
     B, heads, T, d = query.shape
-    query = query.reshape(B, key.shape[1], -1, d)
+    query = query.reshape(B, key.shape[1], -1, d)  # [B, heads of keys, so many queries, d]
     # Fused: bfloat16's products are not rounded before the softmax
     mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return mixed.reshape(B, heads, T, value.shape[3]).transpose(1, 2)
@@ -1032,12 +1032,12 @@ def choose_way(policy, cfg):
     the model's attention window, if any row is. The bound calibrates itself: the library's own two
     ways, with its cache and without, differ by e (bfloat16's rounding grows with the logits), and
     ours may by 2 e."""
-    temperature = max(0.1, cfg.temperature)
-    T = min(16, cfg.max_new_tokens)
+    temperature = max(0.1, cfg.temperature)  # of eval.py's 0 no log-prob can be compared
+    T = min(16, cfg.max_new_tokens)  # turns of a cache that are compared
     longest = min(cfg.max_prompt_tokens + cfg.max_new_tokens, positions_of(policy)) - T
     draw = random.Random(0).choices
     vocabulary = range(policy.config.get_text_config().vocab_size)
-    prompts = [draw(vocabulary, k=length) for length in (longest, 5)]
+    prompts = [draw(vocabulary, k=length) for length in (longest, 5)]  # words at random; P is 2
 
     def gap(logits_PTV):
         difference_PTV = logits_PTV.float().log_softmax(-1) - stock_PTV.log_softmax(-1)
@@ -1049,7 +1049,7 @@ def choose_way(policy, cfg):
                               pad_token_id=0, output_logits=True, return_dict_in_generate=True)
         tokens_PT = out.sequences[:, -T:]
         rows = list(zip(prompts, tokens_PT.tolist()))
-        stock = [plain_logits(policy, [row]) for row in rows]
+        stock = [plain_logits(policy, [row]) for row in rows]  # without padding
         stock_PTV = torch.stack(stock).float() / temperature
         e = gap(torch.stack(out.logits, 1) / temperature)
         require(e < 1, f"{policy.name_or_path}: no causal language model, or broken weights: the "
@@ -1112,7 +1112,7 @@ def fast_sample(policy, prompts, u_BT, temperature):
     B, T = u_BT.shape
     u_BT = u_BT.to(DEVICE)
     logp_BT = torch.zeros_like(u_BT)
-    tokens_BT = logp_BT.long()
+    tokens_BT = logp_BT.long()  # 0, until they are sampled
     end_tokens = torch.tensor(policy.eos, device=DEVICE)
     row_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
     # The turn is a tensor, since a recorded graph would not see a Python number change
@@ -1290,7 +1290,7 @@ def log_samples(run, step, rows, scores_BK, heldout):
 def log_step(run, step, metrics):
     """A step's metrics into metrics.jsonl, and a line on the terminal."""
     seconds = sum(run.seconds.values())
-    tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size
+    tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size  # of all processes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the host; Linux: KiB
     if CUDA:
         peak = torch.cuda.max_memory_allocated()
@@ -1304,7 +1304,7 @@ def log_step(run, step, metrics):
         say(f"warning: the sampler's log-probs are {metrics['sampler_gap']:.2f} off the trainer's")
     if step % run.cfg.log_interval > 0 and step not in (1, run.cfg.steps):
         return
-    left = timedelta(seconds=round(seconds * (run.cfg.steps - step)))
+    left = timedelta(seconds=round(seconds * (run.cfg.steps - step)))  # at this step's speed
     header = "  step   reward      kl  length    sec     left"
     line = (f"{step:>6}{metrics['reward']:>9.3f}{metrics['kl']:>8.3f}{metrics['length']:>8.1f}"
             f"{seconds:>7.2f}{left!s:>9}")
@@ -1337,8 +1337,8 @@ def evaluate(run, step):
     rows, scores_BE, names = answer_heldout(run)
     log_samples(run, step, rows, scores_BE, heldout=True)
     scores_PGE = scores_BE.unflatten(0, (-1, run.cfg.eval_samples))
-    all_scores_PGE = torch.tensor(collect(scores_PGE.tolist()))
-    means = dict(zip(names, all_scores_PGE.nanmean((0, 1)).tolist()))
+    all_scores_PGE = torch.tensor(collect(scores_PGE.tolist()))  # of all processes
+    means = dict(zip(names, all_scores_PGE.nanmean((0, 1)).tolist()))  # nan: no answer has a score
     write_row(run, "metrics.jsonl", dict(step=step) | means)
 
     before = run.state["before"]
@@ -1354,7 +1354,7 @@ def evaluate(run, step):
 def save_results(run):
     """policy/ and, with LoRA, adapter/."""
     cfg = run.cfg
-    read_as = run.policy.config.dtype or torch.float32
+    read_as = run.policy.config.dtype or torch.float32  # as precise as it was read
     save_folder(run.policy, f"{cfg.out_dir}/policy", read_as)
     if cfg.lora_rank > 0:
         save_adapter(run.policy, f"{cfg.out_dir}/adapter", cfg)
@@ -1433,7 +1433,7 @@ def shard(model, dtype, recompute="False", mesh=None):
     recompute: keep a block's input only and run the block again in the backward pass; a choice
     of --recompute."""
     mesh = mesh or device_mesh()
-    precision = MixedPrecisionPolicy(dtype, reduce_dtype=precise(dtype))
+    precision = MixedPrecisionPolicy(dtype, reduce_dtype=precise(dtype))  # shards stay as they are
     wrap = partial(fully_shard, mesh=mesh, mp_policy=precision)
     frozen = not any(p.requires_grad for p in model.parameters())  # LoRA trains A and B
     for p in model.parameters():
@@ -1470,7 +1470,7 @@ def load(auto_class, path, **head):
     require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids),
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
     model.eval()  # no dropout: noise in a score, and rho would differ from 1
-    model.auto_class = auto_class
+    model.auto_class = auto_class  # which reads its weights later
     model.tokenizer = tokenizer
     model.stock_attention = config._attn_implementation
     model.added = {}  # weights that are in no file
