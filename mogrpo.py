@@ -1369,8 +1369,7 @@ THREADS = torch.get_num_threads()
 def set_threads(model):
     """Of a CPU. Below some millions of parameters two wait for each other longer than they work."""
     if "OMP_NUM_THREADS" not in os.environ:
-        is_tiny = sum(p.numel() for p in model.parameters()) < 2e6
-        torch.set_num_threads(1 if is_tiny else THREADS)
+        torch.set_num_threads(1 if model.num_parameters() < 2e6 else THREADS)
 
 def join_world(dtype="auto", alone=False):
     """Join torchrun's process group, or be a group of one -> rank, world size, compute dtype."""
@@ -1830,8 +1829,7 @@ def parse(config_class, argv, doc, toy={}):
 def recorded(path, config_class):
     """The flags of the run that is resumed."""
     try:
-        with open(path, encoding="utf-8") as f:
-            before = json.load(f)
+        before = json.load(open(path, encoding="utf-8"))
         config_class(**before)  # it knows them all
     except Exception as e:
         die(f"--resume: {path} cannot be read: {e}")
