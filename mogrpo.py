@@ -6,31 +6,35 @@ your own, or both give each response K scores s_ik. GRPO (group relative policy 
 compares within the group only: what is better than its siblings becomes likelier.
 
     e_ik  = s_ik - mean_G s_k                           the group is its own baseline: no critic
-    A_i   = sum_k w_k e_ik / max(std_G of this sum, std_floor)     one advantage of K axes
-    rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)   per token; pi_old: before this update
-    c     = min(pi_old / pi_sampler, 2)                 one policy, two roundings: corrected
+    A_i   = sum_k w_k e_ik / max(std_G of the sum, std_floor)            K axes, one advantage;
+            --combine=gdpo: sum_k w_k z_ik / its std over the step,      z: e in units of its std
+    rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)   for each token; pi_old: before this update
+    c     = min(pi_old / pi_sampler, 2)                 one model, rounded in two ways: see below
     gain  = min(rho A_i c, clip(rho, 1 - clip_low, 1 + clip_high) A_i c)
     price = rho log(pi / pi_ref)                        the logarithm held fixed: see `objective`
-    loss  = - sum over all tokens of share (gain - beta price)     share: see `token_shares`
-    pi   <- AdamW step down the loss                    then sample again
+    loss  = - sum over all tokens of share * (gain - beta * price)    share: see `token_shares`
+    pi   <- AdamW step down the loss                    `epochs` times; then sample again
 
 Sources: arXiv 2402.03300 (GRPO), 2503.21819 (several objectives at once; its hyperparameters are
 not public, so every default is our own choice).
 
-Departures: the std (that of the population, sum / G) is floored, since below some spread a learned
-score is noise, and a group that is equal on every axis gets exactly 0; rho may rise further than it
-may fall (DAPO); the KL's gradient is that of KL(pi || pi_ref), not of the estimator k3; c makes up
-for a sampler that works token by token with a cache and so rounds in another way than the trainer
-(Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). All
-probabilities are those at --temperature.
+Departures from 2402.03300:
+- The std (that of the population, sum / G) is floored: below some spread a learned score is noise.
+- A group that is equal on every axis, but for rounding, gets an advantage of exactly 0.
+- rho may rise further than it may fall (DAPO).
+- The price has the gradient of KL(pi || pi_ref). Differentiating the estimator k3 has not.
+- c, an importance weight: the sampler works token by token with a cache, so it rounds in another
+  way than the trainer, and samples from a slightly other distribution than the one that is trained
+  (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+All probabilities are those at --temperature.
 
-Worth knowing: with --epochs=1 rho is exactly 1, so nothing is ever clipped and this is a policy
-gradient with the group as its baseline. And only the ratios of weights matter, as long as no std is
-below the floor.
+Worth knowing: with --epochs=1 rho is exactly 1 (it is there for its gradient), so nothing is ever
+clipped, and this is a policy gradient with the group as its baseline. And only the ratios of
+weights matter, as long as no std is below the floor.
 
 Left out: a separate inference engine, several minibatches a rollout, tools, several turns.
 
-    torchrun mogrpo.py                                   # a toy world on a laptop, two minutes
+    torchrun mogrpo.py                         # a toy world on a laptop, a minute; wants data/toy
     torchrun mogrpo.py --policy=Qwen/Qwen2.5-0.5B-Instruct --reward_model=out/rm --prompts=p.jsonl
     torchrun mogrpo.py --policy=DIR --rules=rules.py --prompts=p.jsonl     # your own Python scores
     torchrun --nproc_per_node=8 mogrpo.py --policy=Qwen/Qwen2.5-14B-Instruct ...      # eight GPUs
@@ -44,8 +48,8 @@ Who calls whom: main -> setup, train -> grpo_step -> experience -> rollout -> sa
                                                   -> grpo_update -> micro_batches -> token_shares
                                                                  -> response_logp, objective
 
-Shapes stand in names, so rewards_PG is [P, G]; a 1 is a dimension kept for broadcasting.
-    P  prompts           G  responses to a prompt       K  axes of the reward     B  rows: P x G
+Shapes stand in names, so advantages_PG is [P, G]; a 1 is a dimension kept for broadcasting.
+    P  prompts           G  responses to a prompt       K  axes of the scores     B  rows: P x G
     L  longest prompt    T  new tokens    S  longest prompt + response
     V  vocabulary        D  hidden size   N  response tokens of a micro-batch, end to end
     R  rows not yet ended     M  all tokens of a micro-batch, end to end            (part 4 only)
@@ -99,6 +103,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")  # one GPU a process: see `join_world`
+precise = partial(torch.promote_types, torch.float32)  # dtype of sums: float32, or float64
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 
 @dataclass
@@ -107,20 +112,20 @@ class Config:
     policy: str = "toy"           # causal LM, folder or hub id; toy: out/toy, with TOY's defaults
     reward_model: str = ""        # folders, comma-separated: their id2label names the axes
     rules: str = ""               # FILE.py with scores(line of the prompts, response) -> {axis: x}
-    truth: str = ""               # another such file, logged at evaluations and never trained on
+    truth: str = ""               # another such file, only looked at: does the policy fool `rules`?
     prompts: str = ""             # JSONL with "prompt" or "messages"
     heldout_prompts: str = ""     # JSONL for evaluations; empty: some 64 prompts are kept back
     out_dir: str = "out/mogrpo"   # results; an earlier run there is renamed, never overwritten
     # objective
     weights: str = ""             # axis=weight,... of the reward; an axis not named weighs 1
-    combine: Literal["sum", "gdpo"] = "sum"  # K scores to one advantage: sum is the paper's
-    beta: float = 0.04            # price of the KL to the reference; 0: no reference is loaded
+    combine: Literal["sum", "gdpo"] = "sum"  # K scores to one advantage: sum is 2503.21819's
+    beta: float = 0.04            # weight of the KL to the reference; 0: no reference is loaded
     clip_low: float = 0.2         # where A < 0 the gradient stops at rho = 1 - clip_low
     clip_high: float = 0.28       # where A > 0 at 1 + clip_high; more keeps rare tokens (DAPO)
     loss_norm: Literal["sequence", "token", "constant"] = "sequence"  # all responses weigh the
                                   # same; with the others all tokens do: see `token_shares`
-    std_floor: float = 0.01       # least std to divide by: a narrower group differs by noise only;
-                                  # of gdpo a fraction of the axis's std over the step
+    std_floor: float = 0.01       # least std to divide by: a narrower group differs by noise only.
+                                  # With gdpo this times the axis's std over the step
     # sampling
     group_size: int = 8           # G, responses a prompt: the baseline's sample size, at least 2
     prompts_per_step: int = 32    # over all processes; a GPU wants 128 rows and more (bench/speed)
@@ -160,65 +165,79 @@ class Config:
 # 1. The objective
 
 def centred(scores_PGK):
-    """e_ik = s_ik - mean_G s_k. A score that is nan, where an axis has nothing to say about a
-    response, counts as the mean: e is 0."""
+    """e_ik = s_ik - mean_G s_k. A score is nan where its axis has nothing to say about a response;
+    it counts as the mean: e is 0."""
     mean_P1K = scores_PGK.nanmean(1, keepdim=True)
     e_PGK = (scores_PGK - mean_P1K).nan_to_num()
-    # Scores that are equal but for rounding are equal: to exactly 0, for Adam divides a gradient by
-    # its own size, and a step of nothing but rounding would be a full step
-    rounding_K = 1e-6 * scores_PGK.abs().nan_to_num().amax((0, 1))
-    is_equal_P1K = e_PGK.abs().amax(1, keepdim=True) <= rounding_K
-    return e_PGK.masked_fill(is_equal_P1K, 0.0)
+    # No spread but rounding is no spread: gdpo would divide by it
+    largest_P1K = scores_PGK.abs().nan_to_num().amax(1, keepdim=True)
+    is_rounding_P1K = e_PGK.abs().amax(1, keepdim=True) <= 1e-6 * largest_P1K
+    return e_PGK.masked_fill(is_rounding_P1K, 0.0)
 
 def std_of_scored(scores_PGK, dims):
-    """Std over some dimensions, kept as 1, of the scores that are not nan."""
+    """Std over some dimensions, which stay as 1, of the scores that are not nan."""
     mean = scores_PGK.nanmean(dims, keepdim=True)
     return (scores_PGK - mean).square().nanmean(dims, keepdim=True).sqrt()
 
 def standardized(scores_PGK, cfg):
-    """z_ik = e_ik / std_G s_k: each axis by itself, in units of its own spread. The floor is a
-    fraction of the axis's std over the step, so that no unit matters."""
+    """z_ik = e_ik / max(std_G s_k, std_floor x std of s_k over the step): each axis by itself, in
+    units of its own spread, so that it does not matter in which unit it is given."""
     std_P1K = std_of_scored(scores_PGK, 1)
     floor_11K = cfg.std_floor * std_of_scored(scores_PGK, (0, 1))
     z_PGK = centred(scores_PGK) / torch.maximum(std_P1K, floor_11K)
     return z_PGK.nan_to_num()  # 0 / 0: no spread, or no scores
 
-# One function a rule: scores of a step's groups -> parts_PGK, what each axis adds to the advantage.
-# weights_K may be P1K, too: weights of each prompt's own.
+# K scores to one advantage, by one of two functions: scores of all groups of a step -> parts_PGK,
+# what each axis adds to the advantage. (How the sum is split shows in the log, as share/<axis>.)
+# weights_K may be P1K, too: each prompt's own.
 
 def combine_sum(scores_PGK, weights_K, cfg):
-    """The paper: A = (R - mean_G R) / std_G R of R = sum_k w_k s_k. An axis counts as much as it
-    spreads. The floor keeps 0.50000 and 0.50001 from becoming -1 and +1 (verl issue 6348)."""
+    """A_i = sum_k w_k e_ik / max(std_G of the sum, std_floor): an axis counts as much as it
+    spreads. Without the floor 0.50000 and 0.50001 would become -1 and +1 (verl issue 6348)."""
     weighted_PGK = weights_K * centred(scores_PGK)
-    std_PG1 = weighted_PGK.sum(-1, keepdim=True).std(1, correction=0, keepdim=True)
-    return weighted_PGK / std_PG1.clamp(min=cfg.std_floor)
+    std_P11 = weighted_PGK.sum(-1, keepdim=True).std(1, correction=0, keepdim=True)
+    return weighted_PGK / std_P11.clamp(min=cfg.std_floor)
 
 def combine_gdpo(scores_PGK, weights_K, cfg):
-    """GDPO (2601.05242): A = sum_k w_k z_k, divided by its std over the step. A narrow axis counts
-    like a wide one."""
+    """GDPO (2601.05242): A_i = sum_k w_k z_ik / its std over the step: a narrow axis counts like a
+    wide one."""
     weighted_PGK = weights_K * standardized(scores_PGK, cfg)
     step_std = weighted_PGK.sum(-1).std(correction=0)
     return (weighted_PGK / step_std).nan_to_num()  # 0 / 0: no group has a signal
 
 COMBINE = dict(sum=combine_sum, gdpo=combine_gdpo)  # the values of --combine
 
-def objective(batch, logp_N, cfg):
-    """Loss of a micro-batch, and what is logged of it: sums weighted by the tokens' shares, to be
-    added over micro-batches and processes."""
-    rho_N = (logp_N - batch.old_logp_N).exp()  # 1 in the first inner epoch, but with a gradient
-    clipped_rho_N = rho_N.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside
-    free_gain_N = rho_N * batch.advantage_N  # the advantage has the factor c already
-    clipped_gain_N = clipped_rho_N * batch.advantage_N
-    gain_N = torch.min(free_gain_N, clipped_gain_N)  # the worse: clipping only takes gain away
+def without_ties(parts_PGK):
+    """Parts of advantages, but exactly 0 in a group whose advantages are nothing but rounding: Adam
+    rescales any gradient to a full step, so rounding alone would move the weights."""
+    advantages_PG1 = parts_PGK.sum(-1, keepdim=True)
+    largest_P11 = parts_PGK.abs().amax((1, 2), keepdim=True)
+    is_tie_P11 = advantages_PG1.abs().amax(1, keepdim=True) <= 1e-6 * largest_P11
+    return parts_PGK.masked_fill(is_tie_P11, 0.0)
 
-    # The gradient of KL(pi || pi_ref) is E_pi[log(pi / pi_ref) grad log pi]: each token pays for
-    # how much likelier it has become. (k3 in the loss, as GRPO was published, has the gradient of
-    # KL(pi_ref || pi), in rare large spikes: 2512.02556, 2510.01555.)
+def objective(batch, logp_N, cfg):
+    """Loss of a micro-batch; and what is logged of it, sums to be added over micro-batches and
+    processes. The batch has, beside others (see `micro_batches` and `grpo_update`):
+        advantage_N      of the token's response          token_share_N   see `token_shares`
+        old_logp_N       log pi_old                       ref_logp_N      log pi_ref
+        c_N              the factor c                     lengths         tokens of each response"""
+    rho_N = (logp_N - batch.old_logp_N).exp()  # 1 in the first epoch, but with a gradient
+    clipped_rho_N = rho_N.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside
+    free_gain_N = rho_N * batch.advantage_N * batch.c_N
+    clipped_gain_N = clipped_rho_N * batch.advantage_N * batch.c_N
+    gain_N = torch.min(free_gain_N, clipped_gain_N)  # clipping may take gain away, never add any
+
+    # The gradient of KL(pi || pi_ref) is E_pi[log(pi / pi_ref) grad log pi]: a token pays for how
+    # much likelier it has become. The logarithm is held fixed, since its own gradient would only
+    # add noise: its mean is 0. (GRPO was published with k3, below, in the loss. That estimates the
+    # value of this KL, but has the gradient of the other one, KL(pi_ref || pi), in rare large
+    # spikes: 2512.02556, 2510.01555.)
     log_ratio_N = (logp_N - batch.ref_logp_N).detach()
     price_N = rho_N * log_ratio_N
     loss = -(batch.token_share_N * (gain_N - cfg.beta * price_N)).sum()
 
-    # What is logged as KL is Schulman's k3, never negative: E_pi[exp(-log_ratio)] = 1
+    # The KL in the log is Schulman's k3, x - 1 - log x of x = pi_ref / pi: never negative, and
+    # since the mean of x under pi is 1, right on average
     k3_N = (-log_ratio_N).exp() - 1 + log_ratio_N
     is_clipped_N = free_gain_N > clipped_gain_N
     return loss, dict(kl=(batch.token_share_N * k3_N).sum(),
@@ -230,38 +249,40 @@ def token_shares(lengths_B, counts, cfg):
     a mean taken inside each would weigh a token by how its neighbours happened to be packed."""
     if cfg.loss_norm == "sequence":  # GRPO: mean over a response's tokens, then over responses
         return 1 / (lengths_B * counts["responses"])
-    share = 1 / counts["tokens"]     # token (DAPO): mean over all tokens: long responses weigh more
-    # Dr. GRPO (2503.20783), its length part: the same for every token, always. (Its other part is
-    # not to divide by the std: see --std_floor)
-    if cfg.loss_norm == "constant":
+    if cfg.loss_norm == "token":     # DAPO: mean over all tokens; a long response weighs more
+        share = 1 / counts["tokens"]
+    else:                            # constant, Dr. GRPO (2503.20783): the same in every step
         share = 1 / (cfg.max_new_tokens * counts["responses"])
     return torch.full_like(lengths_B, share, dtype=torch.float32)
 
 # --------------------------------------------------------------------------------------------------
 # 2. Group sampling
 #
-# `sample` is what sampling is, for any causal model of the library. Part 4 has a faster way through
-# most models, `fast_sample`, which is taken where it gives the same numbers. From there come, too:
+# `sample` and `plain_logits` are what sampling and scoring are, by the library's own ways, for any
+# causal model it has. Part 4 has a faster way through most models, taken where it gives the same
+# numbers. From there come, too:
 #     gathered       a `with` block in which the whole policy is on this process
-#     must_stop      has Ctrl-C come? heed_signals obeys it, on all processes together
+#     batch_of       rows of token ids and their mask as tensors, all ending in the same column
+#     must_stop      whether Ctrl-C has come; heed_signals stops for it, on all processes together
 
 def uniforms(keys, n):
-    """n uniform numbers for each response -> u_BT in [0, 1), float64, on the CPU. Row b is a
-    function of keys[b] = (seed, step, prompt, sample) alone: not of the number of processes, of
-    batching, or of which neighbours have ended; and resuming needs no state."""
-    rows = []
+    """n uniform numbers for each response -> u_BT in [0, 1), float64, on the CPU. They make the
+    sampled text the same on any number of processes, in any batches, and after a resume: row b is
+    a function of keys[b] = (seed, step, prompt, sample) alone."""
+    u_BT = []
     for key in keys:
         rng = random.Random(repr(key))  # seeded by a hash of that text, alike on every machine
-        rows.append([rng.random() for _ in range(n)])
-    return torch.tensor(rows, dtype=torch.float64)
+        u_BT.append([rng.random() for _ in range(n)])
+    return torch.tensor(u_BT, dtype=torch.float64)
 
 def pick(logits_BV, u_B):
-    """Next tokens and their log-probs: the inverse CDF of softmax(logits) at u."""
+    """Sample from softmax(logits): the first token whose cumulative probability exceeds u -> tokens
+    and their log-probs."""
     p_BV = logits_BV.softmax(-1, dtype=precise(logits_BV.dtype))
     cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)  # float32 would lose rare tokens of 150,000
-    target_B1 = (u_B * cdf_BV[:, -1])[:, None]
+    target_B1 = (u_B * cdf_BV[:, -1])[:, None]     # its end is 1 but for rounding
     token_B1 = torch.searchsorted(cdf_BV, target_B1, right=True)
-    token_B1 = token_B1.clamp(max=p_BV.shape[-1] - 1)  # u x sum may round up to the sum
+    token_B1 = token_B1.clamp(max=p_BV.shape[-1] - 1)  # where u x end is rounded up to the end
     return token_B1.squeeze(-1), p_BV.gather(-1, token_B1).log().squeeze(-1)
 
 @torch.no_grad()
@@ -269,29 +290,27 @@ def sample(policy, prompts, u_BT, temperature):
     """G responses to each of P prompts (here: lists of token ids), in prompt order -> B token
     lists, each up to and including its end token or cut at T; their log-probs under the sampler, B
     tensors on the CPU. The library's `generate` runs the model, whatever its cache, masks and
-    logits are, and asks once a turn which tokens come next."""
+    logits are, and asks for each new token: we draw it, and leave greedy search no other."""
     B, T = u_BT.shape
-    rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
-    inputs = batch_of(policy, rows)  # so that all go on in the same column
-    logps = []  # logp_B of each turn
+    repeated = [prompt for prompt in prompts for _ in range(B // len(prompts))]
+    logps = []  # logp_B of each new token
 
-    def choose(ids_BS, logits_BV):
+    def draw(ids_BS, logits_BV):
         token_B, logp_B = pick(logits_BV / temperature, u_BT[:, len(logps)].to(DEVICE))
         logps.append(logp_B)
-        chosen_BV = torch.full_like(logits_BV, -math.inf)  # all but these tokens
-        return chosen_BV.scatter(1, token_B[:, None], 0.0)
+        only_token_BV = torch.full_like(logits_BV, -math.inf)
+        return only_token_BV.scatter(1, token_B[:, None], 0.0)
 
     def stop(ids_BS, scores):
         return torch.full((B,), must_stop(), device=DEVICE)
 
     ids_BS = policy.generate(
-        **inputs, logits_processor=[choose], stopping_criteria=[stop], do_sample=False,
-        max_new_tokens=T, eos_token_id=policy.eos, pad_token_id=0)
+        **batch_of(policy, repeated), logits_processor=[draw], stopping_criteria=[stop],
+        do_sample=False, max_new_tokens=T, eos_token_id=policy.eos, pad_token_id=0)
     return up_to_end(ids_BS[:, -len(logps):], torch.stack(logps, 1), policy.eos)
 
 def up_to_end(tokens_BT, logp_BT, eos):
-    """Tokens and their log-probs without what was sampled after an end token, beside longer
-    rows."""
+    """Cut off what was sampled after an end token, while longer rows went on."""
     responses = []
     logps = []
     for tokens, logp_T in zip(tokens_BT.tolist(), logp_BT.cpu()):
@@ -300,25 +319,49 @@ def up_to_end(tokens_BT, logp_BT, eos):
         logps.append(logp_T[:n])
     return responses, logps
 
+def plain_logits(policy, pairs):
+    """The logits that predict the response tokens of (prompt_ids, response_ids) pairs -> logits_NV.
+    Rows are padded on the right, where a causal model never looks."""
+    ids = [torch.tensor(prompt + response, device=DEVICE) for prompt, response in pairs]
+    ids_BS = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    logits_BSV = policy(input_ids=ids_BS, use_cache=False).logits
+    logits = []
+    for (prompt, response), logits_SV in zip(pairs, logits_BSV):
+        first = len(prompt) - 1  # the last token of the prompt predicts the first of the response
+        logits.append(logits_SV[first:first + len(response)])
+    return torch.cat(logits)
+
+def response_logp(policy, pairs, temperature):
+    """Log-probs of all response tokens of the pairs, at the sampler's temperature -> logp_N."""
+    if policy.fast:
+        return fast_logp(policy, pairs, temperature)
+    targets = [token for _, response in pairs for token in response]
+    logits_NV = plain_logits(policy, pairs) / temperature
+    return token_logp(logits_NV, torch.tensor(targets, device=DEVICE))
+
+def token_logp(logits_NV, targets_N):
+    logits_NV = logits_NV.to(precise(logits_NV.dtype))
+    return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
 def rollout(policy, prompts, stream, group_size, cfg):
-    """Sample `group_size` responses to each of this process's prompts (`load_prompts`) -> B rows in
+    """Sample `group_size` responses to each of some prompts (dicts of `load_prompts`) -> B rows in
     prompt order: dicts of prompt (that dict), response (token ids), text, truncated (it has no end
-    token), sampler_logp (of each token). `stream` begins the keys of the random numbers: (seed,
-    step)."""
+    token), sampler_logp (of each token). Every process must call it, be it for no prompts. The same
+    `stream`, (seed, step) in training, gives a prompt the same responses."""
     rows = []
     sampler = fast_sample if policy.fast else sample
     prompts_at_once = max(1, cfg.sample_rows // group_size)
     with gathered(policy):
         for first in range(0, len(prompts), prompts_at_once):
-            batch = prompts[first:first + prompts_at_once]
-            keys = [(*stream, prompt["index"], g) for prompt in batch for g in range(group_size)]
+            some = prompts[first:first + prompts_at_once]
+            keys = [(*stream, prompt["index"], g) for prompt in some for g in range(group_size)]
             u_BT = uniforms(keys, cfg.max_new_tokens)
-            prompt_ids = [prompt["ids"] for prompt in batch]
+            prompt_ids = [prompt["ids"] for prompt in some]
             responses, logps = sampler(policy, prompt_ids, u_BT, cfg.temperature)
             texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
             for b, response in enumerate(responses):
                 rows.append(dict(
-                    prompt=batch[b // group_size], response=response, text=texts[b],
+                    prompt=some[b // group_size], response=response, text=texts[b],
                     truncated=response[-1] not in policy.eos, sampler_logp=logps[b]))
     heed_signals()  # what was left half done is not returned
     return rows
@@ -326,7 +369,7 @@ def rollout(policy, prompts, stream, group_size, cfg):
 def score_responses(rows, reward_models, rules):
     """Where every reward comes from: the rows of `rollout` -> scores_BK, nan where an axis has
     nothing to say. The axes are those of the reward models, in the order given, then those of the
-    rules."""
+    rules. Every process must call it, be it for no rows."""
     columns = [torch.zeros(len(rows), 0)]  # eval.py may have no rewards at all
     for reward_model in reward_models:
         conversations = [(row["prompt"]["messages"], row["text"]) for row in rows]
@@ -339,42 +382,18 @@ def score_responses(rows, reward_models, rules):
 
 # --------------------------------------------------------------------------------------------------
 # 3. The loop
-
-@dataclass
-class Run:
-    """What is handed around, made by `setup`. A fork is a file of its own that sets one of the four
-    functions at the end, or hands `train` a step of its own: see ablations/."""
-    cfg: Config
-    rank: int                     # the number of this process,
-    world: int                    # of so many
-    dtype: torch.dtype            # of compute
-    mesh: dist.DeviceMesh         # over which every model is sharded
-    policy: nn.Module             # in training
-    reference: nn.Module          # its frozen start, or None: the policy without its adapter
-    reward_models: list
-    rules: SimpleNamespace        # or None; likewise truth
-    truth: SimpleNamespace
-    axes: list                    # K names: the columns of all scores
-    weights_K: torch.Tensor
-    prompts: list                 # dicts of record (a line of the file), messages, ids, tag, ...
-    heldout: list
-    optimizer: torch.optim.Optimizer
-    trained: nn.Module            # what a checkpoint holds: its weights, their moments, and
-    state: dict                   # numbers that must survive a crash
-    seconds: dict                 # of the step's phases so far
-    experience: Callable          # (run, step) -> rows, scores_BK of this process
-    combine: Callable             # scores_PGK, weights_K, cfg -> parts_PGK of the advantages
-    update: Callable              # (run, rows, advantages_B, step) -> metrics
-    objective: Callable           # (batch, logp_N, cfg) -> loss, what is logged
-
-def make_optimizer(policy, cfg):
-    """AdamW without weight decay. 0.95: the second moment remembers 20 steps, not the usual 1000,
-    since a run is short and gradients change their size."""
-    weights = dict(params=policy.parameters(), peak_lr=cfg.lr)  # frozen ones get no gradient
-    return torch.optim.AdamW([weights], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+#
+# From part 4 come
+#     prompts_of_step    this process's prompts of a step: number i is on process i % world
+#     collect            what all processes have of a step, in the order of its prompts, on each
+#     total              the sums of numbers over all processes
+#     packed_together    which rows make a micro-batch
+#     even_out           as many micro-batches on every process
+#     timed              a `with` block whose seconds are logged; group_metrics: what else is
 
 def experience(run, step):
-    """Sample and score a step's responses -> this process's rows and scores_BK."""
+    """Sample and score a step's responses -> this process's rows, G for each of its prompts, and
+    their scores_BK."""
     with timed(run, "sec/sample"):
         prompts = prompts_of_step(run, step)
         rows = rollout(run.policy, prompts, (run.cfg.seed, step), run.cfg.group_size, run.cfg)
@@ -383,7 +402,8 @@ def experience(run, step):
     return rows, scores_BK
 
 def grpo_step(run, step):
-    """One step of GRPO on every process: sample, score, compare, update -> the step's metrics."""
+    """One step of GRPO on every process: sample, score, compare, update -> the step's metrics.
+    `run` is a Run, below."""
     cfg = run.cfg
     run.seconds.clear()
 
@@ -391,36 +411,36 @@ def grpo_step(run, step):
     rows, scores_BK = run.experience(run, step)
     log_samples(run, step, rows, scores_BK, heldout=False)
 
-    # 2. Compare them. Every process computes the advantages of all groups of the step, a few kB:
-    # prompt i of the step is on process i % world
+    # 2. Compare them. Every process computes the advantages of all groups of the step, a few kB,
+    # since some of it is a mean over the step, and keeps its own
     scores_PGK = scores_BK.unflatten(0, (-1, cfg.group_size))
     all_scores_PGK = torch.tensor(collect(scores_PGK.tolist()))
     if all_scores_PGK.isnan().all():
         raise Stopped(f"step {step}: no response has a score on any axis")
-    all_parts_PGK = run.combine(all_scores_PGK, run.weights_K, cfg)
+    all_parts_PGK = without_ties(run.combine(all_scores_PGK, run.weights_K, cfg))
     all_advantages_PG = all_parts_PGK.sum(-1)
-    advantages_B = all_advantages_PG[run.rank::run.world].flatten()  # of this process
+    advantages_B = all_advantages_PG[run.rank::run.world].flatten()
 
     # 3. Make what is better than its siblings likelier
     with timed(run, "sec/train"):
         metrics = run.update(run, rows, advantages_B, step)
-    return metrics | group_metrics(run, all_scores_PGK, all_parts_PGK) | run.seconds
+    return metrics | group_metrics(run, all_scores_PGK, all_parts_PGK) | dict(run.seconds)
 
 def micro_batches(run, rows, advantages_B):
     """The rows of `rollout` and an advantage for each -> micro-batches of at most `micro_tokens`
-    padded tokens, as many on every process; and the step's counts of responses, tokens and
-    truncated responses, over all processes."""
+    tokens, as many on every process, each with a row at least; and the step's counts of responses,
+    tokens and truncated responses, over all processes."""
     cfg = run.cfg
     lengths_B = torch.tensor([len(row["response"]) for row in rows])
     counts = total(dict(responses=len(rows), tokens=lengths_B.sum(),
                         truncated=sum(row["truncated"] for row in rows)))
     shares_B = token_shares(lengths_B, counts, cfg)
     batches = []
-    for numbers in packed_together(rows, cfg):  # which of the B rows
+    for numbers in packed_together(rows, cfg):
         lengths = lengths_B[numbers]
         # What a response has, all its tokens have
         batches.append(SimpleNamespace(
-            rows=[(rows[b]["prompt"]["ids"], rows[b]["response"]) for b in numbers],
+            pairs=[(rows[b]["prompt"]["ids"], rows[b]["response"]) for b in numbers],
             lengths=lengths.tolist(),
             sampler_logp_N=torch.cat([rows[b]["sampler_logp"] for b in numbers]).to(DEVICE),
             advantage_N=advantages_B[numbers].repeat_interleave(lengths).to(DEVICE),
@@ -436,7 +456,7 @@ def grpo_update(run, rows, advantages_B, step):
     sums = defaultdict(float)
     for epoch in range(cfg.epochs):
         for batch in batches:
-            logp_N = response_logp(run.policy, batch.rows, cfg.temperature)
+            logp_N = response_logp(run.policy, batch.pairs, cfg.temperature)
             if epoch == 0:
                 heed_signals()  # nothing is changed yet
                 # pi_old is the policy before this update: these very log-probs, held fixed, for no
@@ -445,8 +465,7 @@ def grpo_update(run, rows, advantages_B, step):
                 batch.old_logp_N = logp_N.detach()
                 batch.ref_logp_N = reference_logp(run, batch)
                 gap_N = batch.old_logp_N - batch.sampler_logp_N
-                c_N = gap_N.exp().clamp(max=2.0)  # pi_old / pi_sampler: one policy, two roundings
-                batch.advantage_N = batch.advantage_N * c_N
+                batch.c_N = gap_N.exp().clamp(max=2.0)  # no odd token may outweigh all others
                 # Means over all tokens of the step; 0 in a batch that is here only because all
                 # processes must run equally many
                 per_token_N = (batch.token_share_N > 0) / counts["tokens"]
@@ -460,9 +479,15 @@ def grpo_update(run, rows, advantages_B, step):
         grad_norm = optimizer_step(run, step)
     return step_metrics(run, sums, counts, grad_norm)
 
+def make_optimizer(policy, cfg):
+    """AdamW without weight decay. 0.95: the second moment remembers 20 steps, not the usual 1000,
+    since a run is short and gradients change their size."""
+    weights = dict(params=policy.parameters(), peak_lr=cfg.lr)  # frozen ones get no gradient
+    return torch.optim.AdamW([weights], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
 def optimizer_step(run, step):
     """Clip, step with the learning rate of `step`, zero -> the gradient's norm. A gradient that is
-    not finite is skipped and counted; ten in a row stop the run."""
+    not finite is skipped and counted; ten in a row stop the run. Every process must call it."""
     cfg = run.cfg
     state = run.state
     warmup = min(1, step / max(1, cfg.warmup))
@@ -481,9 +506,42 @@ def optimizer_step(run, step):
         state["skipped_in_a_row"] += 1
         say(f"warning: step {step}: the loss or its gradient is not finite: skipped")
     run.optimizer.zero_grad()  # to None: no gradient memory while sampling
-    if state["skipped_in_a_row"] == 10:
-        raise Stopped(f"step {step}: ten updates in a row had a loss or gradient not finite")
+    if state["skipped_in_a_row"] >= 10:
+        raise Stopped(f"step {step}: the loss or gradient of ten updates in a row was not finite")
     return grad_norm
+
+@dataclass
+class Run:
+    """What a step reads, made by `setup`. A fork is a file of its own (see ablations/) that sets
+    one of the last four, or hands `train` a step of its own:
+
+        run = setup(cfg)
+        run.combine = my_function
+        train(run, grpo_step)
+    """
+    cfg: Config
+    rank: int                     # the number of this process,
+    world: int                    # of so many
+    dtype: torch.dtype            # of compute
+    mesh: dist.DeviceMesh         # over which every model is sharded
+    policy: nn.Module             # in training
+    reference: nn.Module          # its frozen start; None with LoRA (it is the policy without its
+                                  # adapter) and with beta = 0
+    reward_models: list
+    rules: SimpleNamespace        # None if there are none; likewise truth
+    truth: SimpleNamespace
+    axes: list                    # names of the K axes: the columns of all scores
+    weights_K: torch.Tensor
+    prompts: list                 # dicts of record (a line of the file), messages, ids, tag, ...
+    heldout: list
+    optimizer: torch.optim.Optimizer
+    trained: nn.Module            # what a checkpoint holds: its weights, their moments, and
+    state: dict                   # numbers and dicts of them (JSON) that must survive a crash
+    seconds: dict                 # of the step's phases so far
+    experience: Callable          # (run, step) -> rows, scores_BK of this process
+    combine: Callable             # all scores_PGK, weights_K, cfg -> parts_PGK of the advantages
+    update: Callable              # (run, rows, advantages_B, step) -> metrics
+    objective: Callable           # (batch, logp_N, cfg) -> loss, what is logged
 
 def train(run, one_step):
     """Call `one_step(run, step)` (here `grpo_step`; a fork hands over its own) until cfg.steps, and
@@ -495,7 +553,7 @@ def train(run, one_step):
     catch_signals()
     try:
         for step in range(state["step"] + 1, cfg.steps + 1):
-            # Before the step, not after the last one: so a resumed run evaluates there, too
+            # Before the step: so a run that was stopped after the one before does it, too
             if step == 1 or cfg.eval_interval and (step - 1) % cfg.eval_interval == 0:
                 evaluate(run, step - 1)
             metrics = one_step(run, step)
@@ -504,11 +562,11 @@ def train(run, one_step):
             if step == cfg.steps or cfg.save_interval and step % cfg.save_interval == 0:
                 save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
         evaluate(run, cfg.steps)
-    except Stopped as stop:  # on all processes at once; what the next step had begun is dropped
+    except Stopped as stop:  # all processes at once; what the next step had begun is dropped
         save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
         saved = f"step {state['step']} is saved in {cfg.out_dir}; --resume goes on there"
-        require(not stop.args, f"{stop}; {saved}")
-        say(f"stopped: {saved}")
+        require(not stop.args, f"{stop}; {saved}")  # with a message it is a failure,
+        say(f"stopped: {saved}")  # without one Ctrl-C
         return
     require(state["updates"] > 0, "nothing was learned: no update succeeded")
     save_results(run)
@@ -781,24 +839,25 @@ def rule_scores(rules, rows):
 def group_metrics(run, scores_PGK, parts_PGK):
     """What the rewards saw and what moves the policy in a step -> name: mean over all groups.
     score, missing: of the responses that an axis says something about, and the share of others.
-    std, zero_std: spread within a group, and the share of groups an axis leaves without a signal.
+    std, zero_std: spread within a group, and the share of groups an axis leaves without a signal:
+    its spread there is below std_floor of that over the step.
     share: of the variance of the advantages, what an axis brings; they sum to 1, and an axis
     against which the policy is pushed has a negative one.
     conflict: share of responses above their group's mean on one axis and below it on another."""
-    floor = run.cfg.std_floor
     centred_PGK = centred(scores_PGK)
     std_P1K = std_of_scored(scores_PGK, 1)
+    floor_11K = run.cfg.std_floor * std_of_scored(scores_PGK, (0, 1))
     advantages_PG1 = parts_PGK.sum(-1, keepdim=True)  # A of each response
     deviation_PG1 = advantages_PG1 - advantages_PG1.mean()  # the mean is 0, but for some forks
     share_PGK = parts_PGK * deviation_PG1 / deviation_PG1.var(correction=0).clamp(min=1e-12)
-    above_PG = (centred_PGK > floor).any(-1)
-    below_PG = (centred_PGK < -floor).any(-1)
+    above_PG = (centred_PGK > floor_11K).any(-1)
+    below_PG = (centred_PGK < -floor_11K).any(-1)
     rewards_PG = (run.weights_K * centred_PGK).sum(-1)  # less their group's mean
     metrics = dict(reward=(run.weights_K * scores_PGK).nanmean((0, 1)).nansum().item(),
                    reward_std=rewards_PG.std(1, correction=0).mean().item(),
                    conflict=(above_PG & below_PG).float().mean().item())
     by_axis = dict(score=scores_PGK, missing=scores_PGK.isnan(), std=std_P1K,
-                   zero_std=std_P1K < floor, share=share_PGK)
+                   zero_std=std_P1K <= floor_11K, share=share_PGK)
     for name, values in by_axis.items():  # PGK or P1K
         for axis, mean in zip(run.axes, values.float().nanmean((0, 1)).tolist()):  # K means
             metrics[f"{name}/{axis}"] = mean
@@ -808,7 +867,6 @@ def group_metrics(run, scores_PGK, parts_PGK):
 # 4.3 The policy: log-probs, plain and packed; LoRA; which way is taken
 
 CHUNK_LOGITS = 2**27  # logits that exist at a time when responses are scored: 512 MB in float32
-precise = partial(torch.promote_types, torch.float32)  # dtype of sums: float32, or float64
 
 def load_policy(path):
     """The library's causal model of a folder or hub id, its weights not read yet (see `load`). Its
@@ -829,45 +887,26 @@ def load_policy(path):
     policy.eos = sorted({*eos, policy.tokenizer.eos_token_id} - {None})
     return policy
 
-def response_logp(policy, rows, temperature):
-    """Log-probs of all response tokens of (prompt_ids, response_ids) pairs -> logp_N."""
-    if policy.fast:
-        batch = SimpleNamespace(rows=rows)  # in a list FSDP looks for tensors, token by token
-        return policy.packed_logp(batch, temperature)
-    logits_NV = plain_logits(policy, rows) / temperature
-    targets = [token for _, response in rows for token in response]
-    return token_logp(logits_NV, torch.tensor(targets, device=DEVICE))
-
 def reference_logp(run, batch):
     """log pi_ref of a micro-batch -> ref_logp_N. With beta = 0 it does not matter: pi_old's do."""
     if run.cfg.beta == 0:
         return batch.old_logp_N
+    assert run.reference or run.cfg.lora_rank > 0, "beta was 0 at setup: there is no reference"
     run.policy.adapted = False  # without its adapter the policy is the reference, bit for bit
     with torch.no_grad():
-        logp_N = response_logp(run.reference or run.policy, batch.rows, run.cfg.temperature)
+        logp_N = response_logp(run.reference or run.policy, batch.pairs, run.cfg.temperature)
     run.policy.adapted = True
     return logp_N
 
-def plain_logits(policy, rows):
-    """The library's own logits_NV for the response tokens of (prompt_ids, response_ids) pairs; all
-    of them exist at a time. Rows are padded on the right, where a causal model never looks."""
-    inputs = batch_of(policy, [prompt + response for prompt, response in rows], "right")
-    logits_BSV = policy(input_ids=inputs["input_ids"], use_cache=False).logits
-    logits = []
-    for (prompt, response), logits_SV in zip(rows, logits_BSV):
-        # The last token of the prompt predicts the first of the response
-        logits.append(logits_SV[len(prompt) - 1:][:len(response)])
-    return torch.cat(logits)
-
-def token_logp(logits_NV, targets_N):
-    logits_NV = logits_NV.to(precise(logits_NV.dtype))
-    return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+def fast_logp(policy, pairs, temperature):
+    batch = SimpleNamespace(pairs=pairs)  # in a list FSDP would look for tensors, token by token
+    return policy.packed_logp(batch, temperature)
 
 def packed_logp(policy, batch, temperature):
     """logp_N by a row without padding in which neighbours share their prompt, and by logits that
     are made a chunk at a time, and again in the backward pass: at V = 150,000 those of 16,384
     tokens would be 10 GB. The price is the head's matmul once more."""
-    hidden_ND, targets_N = packed_hidden(policy, batch.rows)
+    hidden_ND, targets_N = packed_hidden(policy, batch.pairs)
 
     def chunk_logp(hidden_ND, targets_N):
         return token_logp(head_logits(policy, hidden_ND, temperature), targets_N)
@@ -875,19 +914,19 @@ def packed_logp(policy, batch, temperature):
     chunk = CHUNK_LOGITS // policy.config.get_text_config().vocab_size
     if len(targets_N) > chunk:
         chunk_logp = recomputed(chunk_logp)
-    pairs = zip(hidden_ND.split(chunk), targets_N.split(chunk))
-    return torch.cat([chunk_logp(*pair) for pair in pairs])
+    chunks = zip(hidden_ND.split(chunk), targets_N.split(chunk))
+    return torch.cat([chunk_logp(*both) for both in chunks])
 
 def head_logits(policy, hidden_ND, temperature):
     return policy.get_output_embeddings()(hidden_ND / temperature)  # linear: V divisions saved
 
-def packed_hidden(policy, rows):
+def packed_hidden(policy, pairs):
     """hidden_ND of the tokens before each response token, and these tokens: targets_N."""
-    inputs, predictors_N, targets_N = layout(rows)
+    inputs, predictors_N, targets_N = layout(pairs)
     hidden_1MD = policy.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden_1MD[0, predictors_N], targets_N
 
-def layout(rows):
+def layout(pairs):
     """(prompt_ids, response_ids) pairs -> the model's inputs, predictors_N, targets_N. Neighbours
     whose prompt is the very same list share it:
 
@@ -910,7 +949,7 @@ def layout(rows):
         return seen
 
     shared = None
-    for prompt, response in rows:
+    for prompt, response in pairs:
         if prompt is not shared:
             shared = prompt
             context = append(prompt, [])
@@ -1048,15 +1087,15 @@ def choose_way(policy, cfg):
         out = policy.generate(**batch_of(policy, prompts), max_new_tokens=T, do_sample=False,
                               pad_token_id=0, output_logits=True, return_dict_in_generate=True)
         tokens_PT = out.sequences[:, -T:]
-        rows = list(zip(prompts, tokens_PT.tolist()))
-        stock = [plain_logits(policy, [row]) for row in rows]  # without padding
+        pairs = list(zip(prompts, tokens_PT.tolist()))
+        stock = [plain_logits(policy, [pair]) for pair in pairs]  # without padding
         stock_PTV = torch.stack(stock).float() / temperature
         e = gap(torch.stack(out.logits, 1) / temperature)
         require(e < 1, f"{policy.name_or_path}: no causal language model, or broken weights: the "
                 f"library's log-probs with its cache and without differ by {e:.2g}")
         try:
             go(policy, fast=True)
-            hidden_ND, _ = packed_hidden(policy, rows)
+            hidden_ND, _ = packed_hidden(policy, pairs)
             packed_PTV = head_logits(policy, hidden_ND, temperature).view_as(stock_PTV)
             logits_PV, cache = prefill(policy, prompts, T, temperature)
             decoded = [logits_PV]
@@ -1216,11 +1255,13 @@ def as_graph(step):
 
 def packed_together(rows, cfg):
     """Which of the rows of `rollout` make a micro-batch -> lists of row numbers, each of at most
-    `micro_tokens` padded tokens. A group stays together, as if all were as long as its longest."""
-    widths_B = torch.tensor([len(row["prompt"]["ids"]) + len(row["response"]) for row in rows])
-    longest_P = widths_B.view(-1, cfg.group_size).amax(1)
-    longest_B = longest_P.repeat_interleave(cfg.group_size)
-    return by_length(longest_B.tolist(), cfg.micro_tokens)
+    `micro_tokens` tokens when padded. A group stays together, as if all were as long as its
+    longest."""
+    lengths = []
+    for _, group in groupby(rows, lambda row: id(row["prompt"])):
+        widths = [len(row["prompt"]["ids"]) + len(row["response"]) for row in group]
+        lengths += [max(widths)] * len(widths)
+    return by_length(lengths, cfg.micro_tokens)
 
 def even_out(batches):
     """FSDP gathers weights in every forward, so all processes must run equally many: those with
@@ -1299,9 +1340,10 @@ def log_step(run, step, metrics):
     if IS_FIRST:  # a resumed run cuts off what comes after
         for name in LOGS:
             run.state["log_sizes"][name] = os.path.getsize(f"{run.cfg.out_dir}/{name}")
-    if metrics["sampler_gap"] > 0.2 and not run.warned:
+    gap = metrics.get("sampler_gap", 0.0)  # a fork may have no sampler to correct
+    if gap > 0.2 and not run.warned:
         run.warned = True  # once
-        say(f"warning: the sampler's log-probs are {metrics['sampler_gap']:.2f} off the trainer's")
+        say(f"warning: the sampler's log-probs are {gap:.2f} off the trainer's")
     if step % run.cfg.log_interval > 0 and step not in (1, run.cfg.steps):
         return
     left = timedelta(seconds=round(seconds * (run.cfg.steps - step)))  # at this step's speed
@@ -1838,7 +1880,7 @@ def recorded(path, config_class):
 TOY = dict(policy="out/toy/policy", reward_model="out/toy/reward_model",
            prompts="out/toy/prompts.jsonl", heldout_prompts="out/toy/heldout_prompts.jsonl",
            truth=f"{HERE}/data/toy/truth.py", prompts_per_step=8, max_new_tokens=48, steps=80,
-           lr=8e-4, beta=0.08, log_interval=8)  # defaults while --policy=toy
+           lr=8e-4, beta=0.16, log_interval=8)  # defaults while --policy=toy
 
 def launch(main, config_class, doc, toy={}):
     """What every script does when it is run: flags, the toy world if it is asked for, `main(cfg)`.

@@ -604,17 +604,21 @@ def test_no_signal_gives_exactly_zero(combine):
     for spread in (0, 1e-7):
         scores = 0.7310585786 + spread * noise
         scores[1] = nan
-        assert (run_with(combine, [1.0])(scores, uneven, CFG) == 0).all()
+        parts = run_with(combine, [1.0])(scores, uneven, CFG)
+        assert (mogrpo.without_ties(parts) == 0).all()
+    against = torch.rand(3, 8, 1) * tensor([1.0, -1.0])  # two axes that cancel out, but for rounding
+    parts = mogrpo.without_ties(run_with(combine, [0.0, 0.0])(against + 0.3, torch.ones(2), CFG))
+    assert (parts == 0).all()
 
 def test_group_metrics_by_hand():
-    """Two groups of two: only in the second the axes differ by more than the floor; a third axis
-    has nothing to say about the first."""
-    s = tensor([[[0, 0.502, nan], [1, 0.498, nan]], [[0, 0.6, 0.5], [1, 0.2, 0.5]]]).double()
+    """Two groups of two: in the first, y differs by less than the floor, 0.01 of its std over the
+    step, and z has nothing to say."""
+    s = tensor([[[0, 0.5005, nan], [1, 0.4995, nan]], [[0, 0.6, 0.5], [1, 0.2, 0.5]]]).double()
     run = SimpleNamespace(cfg=CFG, axes="xyz", weights_K=tensor([1, 2, 1]))
-    parts = mogrpo.combine_sum(s, run.weights_K, CFG)  # R less its mean: -+0.496, -+0.1
+    parts = mogrpo.combine_sum(s, run.weights_K, CFG)  # R less its mean: -+0.499, -+0.1
     assert mogrpo.group_metrics(run, s, parts) == approx({
         "reward": 0.5 + 2 * 0.45 + 0.5,
-        "reward_std": 0.298,  # mean of 0.496 and 0.1
+        "reward_std": 0.2995,  # mean of 0.499 and 0.1
         "conflict": 0.5,
         "score/x": 0.5,
         "score/y": 0.45,
@@ -623,13 +627,13 @@ def test_group_metrics_by_hand():
         "missing/y": 0,
         "missing/z": 0.5,
         "std/x": 0.5,
-        "std/y": 0.101,  # of 0.002 and 0.2
+        "std/y": 0.10025,  # of 0.0005 and 0.2
         "std/z": 0,
         "zero_std/x": 0,
         "zero_std/y": 0.5,
         "zero_std/z": 0.5,
-        "share/x": (0.5 / 0.496 + 0.5 / 0.1) / 2,
-        "share/y": (-0.004 / 0.496 - 0.4 / 0.1) / 2,
+        "share/x": (0.5 / 0.499 + 0.5 / 0.1) / 2,
+        "share/y": (-0.001 / 0.499 - 0.4 / 0.1) / 2,
         "share/z": 0,
     })
 
@@ -645,7 +649,7 @@ def test_the_price_has_the_gradient_of_the_kl():
     [expected] = torch.autograd.grad(exact, logits, retain_graph=True)
     cfg = mogrpo.Config(beta=1.0)
     for sampled_from in (logp.detach(), old):
-        batch = SimpleNamespace(old_logp_N=sampled_from, ref_logp_N=ref, advantage_N=0.0,
+        batch = SimpleNamespace(old_logp_N=sampled_from, ref_logp_N=ref, advantage_N=0.0, c_N=1.0,
                                 token_share_N=sampled_from.exp())
         loss, logged = mogrpo.objective(batch, logp, cfg)
         [found] = torch.autograd.grad(loss, logits, retain_graph=True)
@@ -657,7 +661,7 @@ def test_the_price_has_the_gradient_of_the_kl():
 def test_no_token_is_too_far_from_the_reference(d):
     logp = tensor([-31.0], requires_grad=True)
     batch = SimpleNamespace(old_logp_N=logp.detach(), ref_logp_N=logp.detach() + d,
-                            advantage_N=tensor([0.0]), token_share_N=tensor([1.0]))
+                            advantage_N=tensor([0.0]), c_N=1.0, token_share_N=tensor([1.0]))
     loss, logged = mogrpo.objective(batch, logp, mogrpo.Config(beta=1.0))
     loss.backward()
     assert logp.grad.item() == -d
@@ -755,7 +759,7 @@ def replay(out, script="mogrpo"):
             descent.step()
         logged |= zip(["loss", "kl", "clip_frac"], sums.tolist())
         for axis in log_lambda:
-            log_lambda[axis] += floors[axis] - logged[f"score/{axis}"]
+            log_lambda[axis] += 5 * (floors[axis] - logged[f"score/{axis}"])
             logged[f"lambda/{axis}"] = math.exp(log_lambda[axis])
         within = 3e-6 if n == 1 else 3e-5  # the library's norms are in float32, and it adds up
         assert metrics == approx(metrics | logged, rel=within, abs=2e-7)
@@ -763,7 +767,7 @@ def replay(out, script="mogrpo"):
     assert sorted(seen[:8]) == sorted(set(seen[:8])) and seen[8:] != seen[:8]  # passes of nine
     end = saved_weights(f"{out}/policy")
     for name, weight in pi.named_parameters():
-        assert (end[name] - weight).norm() <= 1e-5 * weight.norm(), name
+        assert (end[name] - weight).norm() <= 1e-4 * weight.norm(), name
 
 def replayed_row(pi, ref, row, advantage, cfg):
     """prompt, response, their log-probs before the update and by the reference, the advantage."""
@@ -807,13 +811,13 @@ def test_micro_batches(world):
         assert counts == dict(responses=8, tokens=43, truncated=6)
         seen = []
         for batch in batches:
-            seen += [response[0] for _, response in batch.rows]
-            lengths = [len(response) for _, response in batch.rows]
+            seen += [response[0] for _, response in batch.pairs]
+            lengths = [len(response) for _, response in batch.pairs]
             assert len(lengths) == 1 or len(lengths) * (5 + max(lengths)) <= budget
             assert lengths == batch.lengths
             with mock.patch.object(mogrpo, "layout", side_effect=mogrpo.layout) as layout:
                 with pytest.raises(AttributeError):  # no model
-                    mogrpo.packed_hidden(None, batch.rows)
+                    mogrpo.packed_hidden(None, batch.pairs)
             [[pairs]] = [call.args for call in layout.mock_calls]
             inputs, _, _ = mogrpo.layout(pairs)  # the padding token, and not the last ones
             assert inputs["input_ids"].numel() == 1 + 5 + sum(lengths) - len(lengths)
@@ -1347,7 +1351,7 @@ def test_values_are_the_library_classifiers(world):
     critic = mogrpo.shard(mogrpo.load(library, folder_of(), num_labels=1), torch.float32)
     response = [9, 8, 7, 2]
     rows = [(prompt, response) for prompt in PROMPTS]
-    value_N = ppo.values(SimpleNamespace(critic=critic), SimpleNamespace(rows=rows))
+    value_N = ppo.values(SimpleNamespace(critic=critic), SimpleNamespace(pairs=rows))
     mogrpo.save_folder(critic, "critic", torch.float32)
     stock = library.from_pretrained("critic")
     for prompt, value_T in zip(PROMPTS, value_N.view(3, 4)):
@@ -1382,7 +1386,7 @@ def test_best_and_worst_of_a_group_are_never_parted(world):
         batches, _ = dpo.pair_batches(run, pairs, signals)
         seen = []
         for batch in batches:
-            tokens = [response[0] for _, response in batch.rows]
+            tokens = [response[0] for _, response in batch.pairs]
             seen += zip(tokens[::2], tokens[1::2], batch.signal, strict=True)
         assert sorted(seen) == [(1, 2, 1), (4, 3, 1), (6, 6, 0)]
 
@@ -1746,7 +1750,7 @@ def test_resume_is_exact_after_a_stop_at_any_step(script, flags, stops, toy, mon
         for axis, floor in (("safety", 0.9), ("politeness", 0.2)):
             log_lambda = math.log(0.05)
             for row in rows:
-                log_lambda += floor - row[f"score/{axis}"]
+                log_lambda = max(-5, min(5, log_lambda + 5 * (floor - row[f"score/{axis}"])))
                 assert row[f"lambda/{axis}"] == approx(math.exp(log_lambda))
 
 @pytest.mark.skipif("MOGRPO_TORTURE" not in os.environ, reason="minutes; MOGRPO_TORTURE=30")

@@ -45,7 +45,7 @@ def best_and_worst(rows, advantages_B, group_size):
 
 def pair_batches(run, pairs, signals):
     """Pairs -> micro-batches of whole pairs, as many on every process, and the counts of the step.
-    A batch has rows (best, worst, best, worst, ...), signals, and each token's share in the KL."""
+    A batch has `pairs` (best, worst, best, worst, ...), signals, and each token's share in the KL."""
     responses = [row["response"] for pair in pairs for row in pair]
     truncated = sum(row["truncated"] for pair in pairs for row in pair)
     counts = dict(responses=len(responses), tokens=sum(map(len, responses)), truncated=truncated)
@@ -58,7 +58,7 @@ def pair_batches(run, pairs, signals):
         chosen = [row for n in numbers for row in pairs[n]]
         tokens = sum(len(row["response"]) for row in chosen)
         batches.append(SimpleNamespace(
-            rows=[(row["prompt"]["ids"], row["response"]) for row in chosen],
+            pairs=[(row["prompt"]["ids"], row["response"]) for row in chosen],
             signal=torch.tensor([signals[n] for n in numbers], device=DEVICE),
             token_share_N=torch.full((tokens,), 1 / counts["tokens"], device=DEVICE)))
     mogrpo.even_out(batches)
@@ -81,10 +81,10 @@ def dpo_update(run, rows, advantages_B, step):
     for epoch in range(cfg.epochs):
         sums = defaultdict(float)
         for batch in batches:
-            logp_N = mogrpo.response_logp(run.policy, batch.rows, cfg.temperature)
+            logp_N = mogrpo.response_logp(run.policy, batch.pairs, cfg.temperature)
             if epoch == 0:
                 batch.ref_logp_N = mogrpo.reference_logp(run, batch)
-            lengths = [len(response) for _, response in batch.rows]
+            lengths = [len(response) for _, response in batch.pairs]
             signal = batch.signal * (batch.token_share_N[0] > 0)  # a repeat evens out processes
             loss = dpo_objective(logp_N, batch.ref_logp_N, signal, lengths, cfg.beta,
                                  counts["responses"] / 2)

@@ -28,7 +28,7 @@ from mogrpo import TOY, require, say
 @dataclass
 class Config(mogrpo.Config):
     floors: str = "safety=0.9"    # axis=least mean score,...
-    dual_lr: float = 1.0          # how fast a multiplier grows and shrinks
+    dual_lr: float = 5.0          # how fast a multiplier grows and shrinks
 
     kept = (*mogrpo.Config.kept, "floors")
 

@@ -51,7 +51,7 @@ def reward_itself(scores_PGK, weights_K, cfg):
 
 def values(run, batch):
     """What the critic expects, before each response token, that the rest will earn -> value_N."""
-    return mogrpo.plain_logits(run.critic, batch.rows).squeeze(-1)  # where pi's logits would stand
+    return mogrpo.plain_logits(run.critic, batch.pairs).squeeze(-1)  # where pi's logits would stand
 
 def gae(reward_N, value_N, lengths, gae_lambda):
     """r_t and V_t of the tokens of responses of these lengths -> A_N, not yet normalised."""
@@ -76,6 +76,7 @@ def credit(run, batches, tokens):
         reward_N = cfg.beta * (batch.ref_logp_N - batch.sampler_logp_N)
         reward_N[last] += batch.advantage_N[last]
         batch.old_logp_N = batch.sampler_logp_N
+        batch.c_N = 1.0
         batch.advantage_N = gae(reward_N, value_N, batch.lengths, cfg.gae_lambda)
         batch.return_N = batch.advantage_N + value_N
     # Batches of share 0 are repeats, which only even out the processes
@@ -96,7 +97,7 @@ def ppo_update(run, rows, rewards_B, step):
     for epoch in range(cfg.epochs):
         sums = defaultdict(float)
         for batch in batches:
-            logp_N = mogrpo.response_logp(run.policy, batch.rows, cfg.temperature)
+            logp_N = mogrpo.response_logp(run.policy, batch.pairs, cfg.temperature)
             loss, logged = run.objective(batch, logp_N, without_kl)
             (loss * run.world).backward()  # FSDP averages gradients over processes
             error_N = values(run, batch) - batch.return_N
