@@ -1031,15 +1031,14 @@ def add_lora(policy, rank, alpha):
 
     def adapt(linear, inputs, y):
         if policy.adapted:
-            adapter = nn.functional.linear(inputs[0] @ linear.lora_A.T, linear.lora_B)
-            return y + adapter * linear.lora_scale
+            return y + linear.lora_scale * linear.lora_B(linear.lora_A(inputs[0]))
 
     linears = [m for m in blocks(policy).modules() if isinstance(m, nn.Linear)]
     require(linears, f"--lora_rank: the blocks of {type(policy).__name__} have no nn.Linear")
     for linear in linears:
-        A = torch.randn(rank, linear.in_features) / (3 * linear.in_features)**0.5
-        linear.lora_A = nn.Parameter(A)
-        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))  # at first no change
+        linear.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        linear.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(linear.lora_B.weight)  # at first no change
         linear.lora_scale = alpha / rank
         linear.register_forward_hook(adapt)  # W keeps its name and place
     named = policy.named_parameters()
@@ -1050,7 +1049,7 @@ def save_adapter(policy, path, cfg):
     adapter = {}  # whole weights of one rank: small
     for name, p in policy.named_parameters():
         if p.requires_grad:  # gathered by all processes together
-            adapter[f"base_model.model.{name}.weight"] = p.full_tensor().cpu()
+            adapter[f"base_model.model.{name}"] = p.full_tensor().cpu()
     if IS_FIRST:
         layers = {name.split(".")[-3] for name in adapter}  # q_proj, ...
         os.makedirs(path, exist_ok=True)
@@ -1557,8 +1556,8 @@ def save_folder(model, path, dtype):
         return
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
-            A = whole.pop(f"{name}.lora_A")
-            B = whole.pop(f"{name}.lora_B")
+            A = whole.pop(f"{name}.lora_A.weight")
+            B = whole.pop(f"{name}.lora_B.weight")
             whole[f"{name}.weight"] = whole[f"{name}.weight"] + layer.lora_scale * B @ A
     whole = {name: weight.to(dtype) for name, weight in whole.items()}
     unfinished = f"{path}.tmp"

@@ -252,7 +252,7 @@ def policy_of(path, dtype=torch.float32, lora_rank=0, fast=True):
     mogrpo.go(policy, fast)
     with torch.no_grad():
         for name, p in policy.named_parameters():
-            if name.endswith("lora_B"):  # 0 at the start: the adapter would not show
+            if name.endswith("lora_B.weight"):  # 0 at the start: the adapter would not show
                 p.add_(0.3)
     return policy
 
@@ -383,7 +383,8 @@ def test_lora_is_the_formula_merged_and_in_peft(world):
     for name, linear in stock.named_modules():
         if name.endswith("proj"):  # the blocks' linear layers, all of them
             ours = policy.get_submodule(name)
-            linear.weight.data += 2.0 * ours.lora_B.full_tensor() @ ours.lora_A.full_tensor()
+            A, B = [part.weight.full_tensor() for part in (ours.lora_A, ours.lora_B)]
+            linear.weight.data += 2.0 * B @ A
     mogrpo.save_folder(policy, "merged", torch.float32)
     def off(model):
         return max_gap(torch.cat([stock_logp(model, *row) for row in rows]), adapted)
