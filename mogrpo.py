@@ -81,7 +81,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Literal
@@ -262,7 +262,7 @@ def token_shares(lengths_B, counts, cfg):
 # causal model it has. Part 4 has a faster way through most models, taken where it gives the same
 # numbers. From there come, too:
 #     gathered       a `with` block in which the whole policy is on this process
-#     left_padded    rows of token ids and their mask as tensors, all ending in the same column
+#     batch_of       rows of token ids and their mask as tensors, all ending in the same column
 #     must_stop      whether Ctrl-C has come; heed_signals stops for it, on all processes together
 
 def uniforms(keys, n):
@@ -305,7 +305,7 @@ def sample(policy, prompts, u_BT, temperature):
         return torch.full((B,), must_stop(), device=DEVICE)
 
     ids_BS = policy.generate(
-        **left_padded(policy, repeated), logits_processor=[draw], stopping_criteria=[stop],
+        **batch_of(policy, repeated), logits_processor=[draw], stopping_criteria=[stop],
         do_sample=False, max_new_tokens=T, eos_token_id=policy.eos, pad_token_id=0)
     return up_to_end(ids_BS[:, -len(logps):], torch.stack(logps, 1), policy.eos)
 
@@ -583,9 +583,9 @@ def setup(cfg):
     require(cfg.prompts and (cfg.reward_model or cfg.rules),
             "give --prompts=FILE.jsonl, and --reward_model=DIR or --rules=FILE.py or both")
     rank, world, dtype = join_world(cfg.dtype)
-    mesh = device_mesh(cfg.hsdp)
+    mesh = device_mesh(cfg.hsdp)  # one for all models
     policy = load_policy(cfg.policy)  # `shard` will read its weights
-    set_threads(policy)
+    set_threads(policy)  # on a CPU
     torch.manual_seed(cfg.seed)  # a LoRA adapter starts at random
     if cfg.lora_rank > 0:
         add_lora(policy, cfg.lora_rank, cfg.lora_alpha)
@@ -598,7 +598,7 @@ def setup(cfg):
     rules = load_rules(cfg.rules, prompts[0])
     truth = load_rules(cfg.truth, prompts[0])
     reward_models = load_reward_models(cfg.reward_model)
-    axes = axes_of(reward_models, rules)
+    axes = axes_of(reward_models, rules)  # K names
     weight_of = axis_numbers("weights", cfg.weights, axes, 1e6)
     weights_K = torch.tensor([weight_of.get(axis, 1.0) for axis in axes])
     require(weights_K.sum() > 0, f"--weights={cfg.weights}: all axes weigh 0, or there is none")
@@ -606,7 +606,7 @@ def setup(cfg):
     # The policy in training, and its frozen start as reference. With LoRA the reference is the
     # policy without its adapter: no memory of its own. With beta = 0 there is none
     shard(policy, dtype, cfg.recompute, mesh)
-    choose_way(policy, cfg)
+    choose_way(policy, cfg)  # the fast one, or the library's own
     reference = None
     if cfg.beta > 0 and cfg.lora_rank == 0:
         reference = shard(load_policy(cfg.policy).requires_grad_(False), dtype, mesh=mesh)
@@ -614,12 +614,10 @@ def setup(cfg):
     for reward_model in reward_models:
         shard(reward_model, dtype, mesh=mesh)
     state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, before={}, log_sizes={})
-    return Run(cfg=cfg, rank=rank, world=world, dtype=dtype, mesh=mesh, policy=policy,
-               reference=reference, reward_models=reward_models, rules=rules, truth=truth,
-               axes=axes, weights_K=weights_K, prompts=prompts, heldout=heldout,
-               optimizer=make_optimizer(policy, cfg), trained=policy, state=state,
-               seconds=defaultdict(float), combine=COMBINE[cfg.combine], objective=objective,
-               update=grpo_update, experience=experience)
+    return Run(cfg, rank, world, dtype, mesh, policy, reference, reward_models, rules, truth, axes,
+               weights_K, prompts, heldout, make_optimizer(policy, cfg), trained=policy,
+               state=state, seconds=defaultdict(float), experience=experience,
+               combine=COMBINE[cfg.combine], update=grpo_update, objective=objective)
 
 def axes_of(reward_models, rules):
     """The K names of the columns of `score_responses`."""
@@ -639,7 +637,7 @@ def axis_numbers(flag, text, axes, most):
     """The value of --weights or another such flag, "safety=2,politeness=1" -> {axis: number}."""
     numbers = {}
     for pair in text.split(",") if text else []:
-        axis, _, number = pair.partition("=")
+        axis, _, number = pair.partition("=")  # "safety", "2"
         require(axis in axes, f"--{flag}: no axis is named {axis!r}; there are {', '.join(axes)}")
         require(axis not in numbers and is_number(number) and 0 <= float(number) <= most,
                 f"--{flag}: {pair}: expected axis=number, from 0 to {most:g} and each axis once")
@@ -658,7 +656,7 @@ def load_prompts(path, policy, cfg):
         if 0 < len(ids) <= longest:
             prompts.append(dict(record=record, where=where, messages=messages,
                                 tag=record.get("tag"), index=index, ids=ids))
-    skipped = index + 1 - len(prompts)
+    skipped = index + 1 - len(prompts)  # of all records
     if skipped > 0:
         say(f"warning: {skipped} prompts in {path} are empty or longer than {longest} tokens (by "
             f"--max_prompt_tokens, or the model's positions less --max_new_tokens): skipped")
@@ -669,7 +667,7 @@ def positions_of(model):
     dynamic), only the original length: past it a token's log-prob would depend on its neighbours'
     lengths in the micro-batch."""
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}  # of rotary positions, if it has them
     if rope.get("rope_type") in ("longrope", "dynamic"):
         return rope.get("original_max_position_embeddings") or config.max_position_embeddings
     return getattr(config, "max_position_embeddings", None) or math.inf
@@ -679,7 +677,7 @@ def split_prompts(cfg, policy):
     prompts = load_prompts(cfg.prompts, policy, cfg)
     if cfg.heldout_prompts:
         return prompts, load_prompts(cfg.heldout_prompts, policy, cfg)
-    fraction = min(0.05, 64 / (1 + len(prompts)))
+    fraction = min(0.05, 64 / (1 + len(prompts)))  # one in twenty, and about 64 at most
     sides = [], []  # not held out, held out
     for prompt in prompts:
         sides[is_held_out(prompt["messages"], fraction, cfg.seed)].append(prompt)
@@ -711,13 +709,12 @@ def load_reward_model(path, max_tokens=10**9, **head):
     `axes` are the K names."""
     model = load(AutoModelForSequenceClassification, path, **head)
     tokenizer = model.tokenizer
-    config = model.config.get_text_config()
-    config.pad_token_id = tokenizer.pad_token_id  # the head reads at the last token that is none
+    # The head reads at the last token that is none
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     # Too long a text loses its beginning: the response stands last
-    longest = getattr(config, "max_position_embeddings", max_tokens)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, longest)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, positions_of(model))
     tokenizer.truncation_side = "left"
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = "right"  # where stock tools pad, too
     model.axes = [model.config.id2label[k] for k in range(model.config.num_labels)]
     require("LABEL_0" not in model.axes, f"{path}: its id2label does not name the axes")
     check_axes(model.axes, path)
@@ -730,8 +727,7 @@ def load_reward_models(paths):
 
 def logits_of(reward_model, ids):
     """Lists of token ids -> logits_NK; padded on the right."""
-    batch = reward_model.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(DEVICE)
-    return reward_model(**batch).logits.float()
+    return reward_model(**batch_of(reward_model, ids, "right")).logits.float()
 
 @torch.no_grad()
 def score(reward_model, texts):
@@ -765,9 +761,9 @@ def load_rules(path, prompt):
         module = import_file(path)
         rules.sees_groups = hasattr(module, "group_scores")
         rules.function = module.group_scores if rules.sees_groups else module.scores
-        [answer] = answers_of(rules, [[dict(prompt=prompt, response=[], text="", truncated=False)]])
-        if isinstance(answer, Exception):
-            raise answer
+        row = dict(prompt=prompt, response=[], text="", truncated=False)
+        [call] = calls_of(rules, [[row]])
+        answer = call()
         rules.axes = list(answer[0] if rules.sees_groups else answer)  # in the order of its dict
     except Exception as e:  # a program of the user's
         die(f"{path}: scores(record, response) failed on an empty response: {e!r}")
@@ -783,9 +779,9 @@ def import_file(path):
     assert os.path.realpath(module.__file__) == f"{folder}/{name}", "another module has its name"
     return module
 
-def answers_of(rules, units):
-    """What the user's function says of each unit of rows, all of a group or a single one; or the
-    exception in which it ended."""
+def calls_of(rules, units):
+    """For each unit of rows, all of a group or a single one, a call that returns what the user's
+    function says of it, or raises what it raises."""
     calls = []
     for unit in units:
         texts = [row["text"] for row in unit]
@@ -796,23 +792,17 @@ def answers_of(rules, units):
         record = unit[0]["prompt"]["record"] | dict(tokens=tokens, truncated=truncated)
         calls.append(partial(rules.function, record, texts))
     if inspect.iscoroutinefunction(rules.function):  # a judge behind a server: all at once
-        return asyncio.run(together(calls))
-    return [attempt(call) for call in calls]
+        calls = asyncio.run(finished(calls))  # they return or raise what is known by now
+    return calls
 
-async def together(calls):
-    return await asyncio.gather(*[call() for call in calls], return_exceptions=True)
-
-def attempt(call):
-    try:
-        return call()
-    except Exception as e:
-        return e
+async def finished(calls):
+    tasks = [asyncio.create_task(call()) for call in calls]
+    await asyncio.gather(*tasks, return_exceptions=True)  # one that fails stops no other
+    return [task.result for task in tasks]
 
 def numbers_of(rules, answer, n):
     """An answer on n rows -> n lists of K numbers; what is none raises."""
-    if isinstance(answer, Exception):
-        raise answer
-    found = answer if rules.sees_groups else [answer]
+    found = answer if rules.sees_groups else [answer]  # n dicts of scores
     assert len(found) == n, f"{len(found)} answers on {n} responses"
     numbers = []
     for scores in found:
@@ -825,15 +815,17 @@ def rule_scores(rules, rows):
     """The rules' scores of the rows of `rollout` -> scores_BK; nan or None: an axis has nothing to
     say about a response. Where the rules fail, a response has no score on any of their axes, and it
     is told; where they fail on all of the step's, the run ends. Every process must call it."""
-    one_unit = (lambda row: id(row["prompt"])) if rules.sees_groups else id
-    units = [list(unit) for _, unit in groupby(rows, one_unit)]
+    def unit_of(row):  # what the function sees at a time
+        return id(row["prompt"] if rules.sees_groups else row)
+
+    units = [list(unit) for _, unit in groupby(rows, unit_of)]
     scores = []
     failures = []
-    for unit, answer in zip(units, answers_of(rules, units)):
+    for unit, call in zip(units, calls_of(rules, units)):
         try:
-            scores += numbers_of(rules, answer, len(unit))
+            scores += numbers_of(rules, call(), len(unit))
         except Exception as e:
-            scores += [[math.nan] * len(rules.axes)] * len(unit)
+            scores += [[math.nan] * len(rules.axes)] * len(unit)  # no score on any axis
             failures.append(f"{unit[0]['prompt']['where']}: {e!r}")
     failures = sum(collect([failures]), [])  # of all processes
     calls = sum(collect([len(units)]))
@@ -855,9 +847,9 @@ def group_metrics(run, scores_PGK, parts_PGK):
     centred_PGK = centred(scores_PGK)
     std_P1K = std_of_scored(scores_PGK, 1)
     floor_11K = run.cfg.std_floor * std_of_scored(scores_PGK, (0, 1))
-    advantages_PG1 = parts_PGK.sum(-1, keepdim=True)
+    advantages_PG1 = parts_PGK.sum(-1, keepdim=True)  # A of each response
     deviation_PG1 = advantages_PG1 - advantages_PG1.mean()  # the mean is 0, but for some forks
-    share_PGK = parts_PGK * deviation_PG1 / deviation_PG1.square().mean().clamp(min=1e-12)
+    share_PGK = parts_PGK * deviation_PG1 / deviation_PG1.var(correction=0).clamp(min=1e-12)
     above_PG = (centred_PGK > floor_11K).any(-1)
     below_PG = (centred_PGK < -floor_11K).any(-1)
     rewards_PG = (run.weights_K * centred_PGK).sum(-1)  # less their group's mean
@@ -866,8 +858,8 @@ def group_metrics(run, scores_PGK, parts_PGK):
                    conflict=(above_PG & below_PG).float().mean().item())
     by_axis = dict(score=scores_PGK, missing=scores_PGK.isnan(), std=std_P1K,
                    zero_std=std_P1K <= floor_11K, share=share_PGK)
-    for name, values in by_axis.items():
-        for axis, mean in zip(run.axes, values.float().nanmean((0, 1)).tolist()):
+    for name, values in by_axis.items():  # PGK or P1K
+        for axis, mean in zip(run.axes, values.float().nanmean((0, 1)).tolist()):  # K means
             metrics[f"{name}/{axis}"] = mean
     return metrics
 
@@ -922,85 +914,77 @@ def packed_logp(policy, batch, temperature):
     chunk = CHUNK_LOGITS // policy.config.get_text_config().vocab_size
     if len(targets_N) > chunk:
         chunk_logp = recomputed(chunk_logp)
-    pairs = zip(hidden_ND.split(chunk), targets_N.split(chunk))
-    return torch.cat([chunk_logp(*pair) for pair in pairs])
+    chunks = zip(hidden_ND.split(chunk), targets_N.split(chunk))
+    return torch.cat([chunk_logp(*both) for both in chunks])
 
 def head_logits(policy, hidden_ND, temperature):
     return policy.get_output_embeddings()(hidden_ND / temperature)  # linear: V divisions saved
 
 def packed_hidden(policy, pairs):
     """hidden_ND of the tokens before each response token, and these tokens: targets_N."""
-    groups = []  # (prompt, its responses), of neighbours that share the very list
-    for prompt, response in pairs:
-        if not groups or groups[-1][0] is not prompt:
-            groups.append((prompt, []))
-        groups[-1][1].append(response)
-    inputs, predictors_N, targets_N = layout(groups)
+    inputs, predictors_N, targets_N = layout(pairs)
     hidden_1MD = policy.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden_1MD[0, predictors_N], targets_N
 
-def layout(groups):
-    """(prompt_ids, [response_ids, ...]) of each group -> the model's inputs, predictors_N,
-    targets_N.
+def layout(pairs):
+    """(prompt_ids, response_ids) pairs -> the model's inputs, predictors_N, targets_N. Neighbours
+    whose prompt is the very same list share it:
 
         [ padding | prompt 1 | response 1 | ... | response G | prompt 2 | response 1 | ... ]
 
     All tokens stand end to end in one row of M: p + G r tokens instead of G (p + r). Positions go
-    on after the prompt in each of its responses, and the segments tell `attend` who sees whom. The
-    end token is a target like any other; the last token of a response predicts nothing, so it is
-    not there."""
+    on after the prompt in each of its responses, and the segments, one of all prompts and one of
+    all responses, tell `attend` who sees whom. The end token is a target like any other; the last
+    token of a response predicts nothing, so it is not there."""
     ids = [0]  # the padding of segments: one token
     positions = [0]
-    prompt_places, response_places = [], []  # of each text, where in the row its tokens are,
-    contexts = []  # and of each response all that it sees
+    prompts, responses = [], []  # of each text, where in the row its tokens are and what they see
     predictors, targets = [], []
 
-    def append(tokens, position):
+    def append(tokens, context):
         first = len(ids)
         ids.extend(tokens)
-        positions.extend(range(position, position + len(tokens)))
-        return range(first, len(ids))
+        seen = [*context, *range(first, len(ids))]  # by the last of them
+        positions.extend(range(len(context), len(seen)))
+        return seen
 
-    for prompt, responses in groups:
-        prompt_places.append(append(prompt, 0))
-        for response in responses:
-            response_places.append(append(response[:-1], len(prompt)))
-            contexts.append([*prompt_places[-1], *response_places[-1]])
-            predictors += contexts[-1][len(prompt) - 1:]  # the prompt's last predicts the first
-            targets += response
+    shared = None
+    for prompt, response in pairs:
+        if prompt is not shared:
+            shared = prompt
+            context = append(prompt, [])
+            prompts.append((context, context))
+        seen = append(response[:-1], context)
+        responses.append((seen[len(prompt):], seen))
+        predictors += seen[len(prompt) - 1:]  # the prompt's last predicts the first
+        targets += response
     position_M = torch.tensor(positions, device=DEVICE)
-    segments = [segment(prompt_places, prompt_places, position_M)]
-    if any(response_places):
-        segments.append(segment(response_places, contexts, position_M))
     inputs = dict(input_ids=torch.tensor([ids], device=DEVICE), position_ids=position_M[None],
-                  segments=segments)
+                  segments=[segment(prompts, position_M), segment(responses, position_M)])
     return inputs, torch.tensor(predictors, device=DEVICE), torch.tensor(targets, device=DEVICE)
 
-def segment(queries, keys, position_M):
-    """B lists of queries and of keys, as places in the row of M, keys in the order of positions ->
-    query_BT and key_BS, padded, and how far back each query sees each key."""
+def segment(texts, position_M):
+    """Where the tokens of B texts are in the row of M and where all that they see is, in the order
+    of positions -> query_BT and key_BS, padded, and the masks between them."""
     def padded(rows):
-        tensors = [torch.tensor(row, dtype=torch.long, device=DEVICE) for row in rows]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(DEVICE)
 
+    queries, keys = zip(*texts)
     query_BT = padded(queries)
     key_BS = padded(keys)
     key_BS = nn.functional.pad(key_BS, (0, -key_BS.shape[1] % 8))  # or fused attention copies masks
     back_BTS = position_M[query_BT][..., None] - torch.arange(key_BS.shape[1], device=DEVICE)
-    return SimpleNamespace(query_BT=query_BT, key_BS=key_BS, back_BTS=back_BTS, masks={})
+    masks = lru_cache(partial(mask_of, back_BTS))  # once for all layers of one kind
+    return SimpleNamespace(query_BT=query_BT, key_BS=key_BS, masks=masks)
 
 MASKED = -1e9  # added to a product before the softmax, it leaves exactly 0
 
-def mask_of(view, heads, window, dtype):
-    """What is added to the products, once for all layers of one kind; of so many query heads that
-    share a key's. A query sees what is 0 to `window` - 1 tokens back."""
-    key = heads, window
-    if key not in view.masks:
-        is_masked_BTS = view.back_BTS < 0
-        if window:
-            is_masked_BTS = is_masked_BTS | (view.back_BTS >= window)
-        view.masks[key] = (MASKED * is_masked_BTS).to(dtype).repeat(1, heads, 1)[:, None]
-    return view.masks[key]
+def mask_of(back_BTS, heads, window, dtype):
+    """What is added to the products, of so many query heads that share a key's. A query sees what
+    is 0 to `window` - 1 tokens back."""
+    is_masked_BTS = (back_BTS < 0) | (back_BTS >= (window or math.inf))
+    return (MASKED * is_masked_BTS).to(dtype).repeat(1, heads, 1)[:, None]
 
 def attend(module, query, key, value, attention_mask, segments=(), cache=None, scaling=None,
            sliding_window=None, softcap=None, **_):
@@ -1012,19 +996,20 @@ def attend(module, query, key, value, attention_mask, segments=(), cache=None, s
     heads = query.shape[1] // key.shape[1]  # query heads that share a key's
     if not segments:
         key, value = cache.append(module.layer_idx, key, value)
-        mask = mask_of(cache, heads, sliding_window, query.dtype)
+        mask = cache.masks(heads, sliding_window, query.dtype)
         return attention(query, key, value, mask, scaling), None
     mixed = torch.zeros_like(query[0].transpose(0, 1))  # [M, heads, d]
     for s in segments:
         rows = take_rows(query, s.query_BT), take_rows(key, s.key_BS), take_rows(value, s.key_BS)
-        mixed_BThd = attention(*rows, mask_of(s, heads, sliding_window, query.dtype), scaling)
+        mixed_BThd = attention(*rows, s.masks(heads, sliding_window, query.dtype), scaling)
         mixed.index_copy_(0, s.query_BT.flatten(), mixed_BThd.flatten(0, 1))
-    if cache is not None:
-        cache.begin(module.layer_idx, key, value)
+    if cache is not None:  # each of its rows gets its prompt's
+        cache[module.layer_idx] = [take_rows(x, cache.place_RS).contiguous() for x in (key, value)]
     return mixed[None], None
 
 def take_rows(x, numbers_BT):
     """[1, heads, M, d] -> [B, heads, T, d]"""
+    # Not by x[0][:, numbers_BT], whose gradient is slower
     rows = x[0].index_select(1, numbers_BT.flatten()).unflatten(1, numbers_BT.shape)
     return rows.transpose(0, 1)
 
@@ -1032,13 +1017,10 @@ def attention(query, key, value, mask, scaling):
     """[B, heads, T, d] -> [B, T, heads, d]. Query heads that share a key's are taken as one head of
     more queries, so that no key is copied; the mask is repeated for them."""
     B, heads, T, d = query.shape
-    query = query.reshape(B, key.shape[1], -1, d)
-    if T == 1 and query.dtype != torch.bfloat16:  # a CPU is faster so
-        products = query @ key.transpose(2, 3)
-        mixed = torch.add(mask, products, alpha=scaling or d**-0.5).softmax(-1) @ value
-    else:  # fused: bfloat16's products are not rounded before the softmax
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    return mixed.reshape(B, heads, T, -1).transpose(1, 2)
+    query = query.reshape(B, key.shape[1], -1, d)  # [B, heads of keys, so many queries, d]
+    # Fused: bfloat16's products are not rounded before the softmax
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return mixed.reshape(B, heads, T, value.shape[3]).transpose(1, 2)
 
 transformers.AttentionInterface.register("mogrpo", attend)
 
@@ -1049,15 +1031,14 @@ def add_lora(policy, rank, alpha):
 
     def adapt(linear, inputs, y):
         if policy.adapted:
-            adapter = nn.functional.linear(inputs[0] @ linear.lora_A.T, linear.lora_B)
-            return y + adapter * linear.lora_scale
+            return y + linear.lora_scale * linear.lora_B(linear.lora_A(inputs[0]))
 
     linears = [m for m in blocks(policy).modules() if isinstance(m, nn.Linear)]
     require(linears, f"--lora_rank: the blocks of {type(policy).__name__} have no nn.Linear")
     for linear in linears:
-        A = torch.randn(rank, linear.in_features) / (3 * linear.in_features)**0.5
-        linear.lora_A = nn.Parameter(A)
-        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))  # at first no change
+        linear.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        linear.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(linear.lora_B.weight)  # at first no change
         linear.lora_scale = alpha / rank
         linear.register_forward_hook(adapt)  # W keeps its name and place
     named = policy.named_parameters()
@@ -1068,7 +1049,7 @@ def save_adapter(policy, path, cfg):
     adapter = {}  # whole weights of one rank: small
     for name, p in policy.named_parameters():
         if p.requires_grad:  # gathered by all processes together
-            adapter[f"base_model.model.{name}.weight"] = p.full_tensor().cpu()
+            adapter[f"base_model.model.{name}"] = p.full_tensor().cpu()
     if IS_FIRST:
         layers = {name.split(".")[-3] for name in adapter}  # q_proj, ...
         os.makedirs(path, exist_ok=True)
@@ -1085,44 +1066,42 @@ def go(policy, fast):
 @torch.no_grad()
 def choose_way(policy, cfg):
     """Take the fast way where it gives the library's numbers: log-probs of the whole vocabulary, at
-    the run's temperature, with these weights, on text longer than the model's attention window. The
-    bound calibrates itself: the library's own two ways, with its cache and without, differ by e
-    (bfloat16's rounding grows with the logits), and ours may by 2 e."""
-    config = policy.config.get_text_config()
-    temperature = max(0.1, cfg.temperature)
-    T = min(16, cfg.max_new_tokens)
-    # Text past the model's window, whatever its name, but no longer than this run's longest row
-    windows = [n for name, n in config.to_dict().items()
-               if isinstance(n, int) and re.search("window|chunk", name)]
-    longest = min(max(256, *windows), cfg.max_prompt_tokens + cfg.max_new_tokens - T)
+    the run's temperature, with these weights, on a text as long as the run's longest row: so past
+    the model's attention window, if any row is. The bound calibrates itself: the library's own two
+    ways, with its cache and without, differ by e (bfloat16's rounding grows with the logits), and
+    ours may by 2 e."""
+    temperature = max(0.1, cfg.temperature)  # of eval.py's 0 no log-prob can be compared
+    T = min(16, cfg.max_new_tokens)  # turns of a cache that are compared
+    longest = min(cfg.max_prompt_tokens + cfg.max_new_tokens, positions_of(policy)) - T
     draw = random.Random(0).choices
-    prompts = [draw(range(config.vocab_size), k=length) for length in (longest, 5)]
+    vocabulary = range(policy.config.get_text_config().vocab_size)
+    prompts = [draw(vocabulary, k=length) for length in (longest, 5)]  # words at random; P is 2
 
-    def gap(logits_NV):
-        difference_NV = logits_NV.log_softmax(-1) - stock_NV.log_softmax(-1)
-        return difference_NV.abs().max().item()
+    def gap(logits_PTV):
+        difference_PTV = logits_PTV.float().log_softmax(-1) - stock_PTV.log_softmax(-1)
+        return difference_PTV.abs().max().item()
 
     go(policy, fast=False)
     with gathered(policy):
-        out = policy.generate(**left_padded(policy, prompts), max_new_tokens=T, do_sample=False,
+        out = policy.generate(**batch_of(policy, prompts), max_new_tokens=T, do_sample=False,
                               pad_token_id=0, output_logits=True, return_dict_in_generate=True)
         tokens_PT = out.sequences[:, -T:]
         pairs = list(zip(prompts, tokens_PT.tolist()))
-        stock = [plain_logits(policy, [pair]) for pair in pairs]
-        stock_NV = torch.cat(stock).float() / temperature
-        e = gap(torch.stack(out.logits, 1).flatten(0, 1) / temperature)
+        stock = [plain_logits(policy, [pair]) for pair in pairs]  # without padding
+        stock_PTV = torch.stack(stock).float() / temperature
+        e = gap(torch.stack(out.logits, 1) / temperature)
         require(e < 1, f"{policy.name_or_path}: no causal language model, or broken weights: the "
                 f"library's log-probs with its cache and without differ by {e:.2g}")
         try:
             go(policy, fast=True)
             hidden_ND, _ = packed_hidden(policy, pairs)
-            packed_NV = head_logits(policy, hidden_ND, temperature)
-            logits_PV, cache = prefill(policy, prompts, 1, T, temperature)
+            packed_PTV = head_logits(policy, hidden_ND, temperature).view_as(stock_PTV)
+            logits_PV, cache = prefill(policy, prompts, T, temperature)
             decoded = [logits_PV]
             for token_P in tokens_PT[:, :-1].T:
                 decoded.append(decode(policy, cache, token_P, temperature))
-            decoded_NV = torch.stack(decoded, 1).flatten(0, 1)
-            differ = max(gap(packed_NV.float()), gap(decoded_NV.float()))
+            decoded_PTV = torch.stack(decoded, 1)
+            differ = gap(torch.stack([packed_PTV, decoded_PTV]))
             reason = f"ours differ by {differ:.2g}, its own two ways by {e:.2g}"
         except Exception as error:  # models of others fail in any way they like
             differ, reason = math.inf, f"ours fail: {last_line(error)}"
@@ -1154,11 +1133,11 @@ def gathered(model):
         module._forward_hooks = after
         module.reshard()  # frees the copy before the update needs the memory
 
-def left_padded(policy, rows):
-    """Lists of token ids -> input_ids and attention_mask; all rows end in the same column."""
-    tokenizer = policy.tokenizer
-    padded = tokenizer.pad(dict(input_ids=rows), padding_side="left", return_tensors="pt")
-    return padded.to(DEVICE)
+def batch_of(model, rows, side="left"):
+    """Lists of token ids -> input_ids and attention_mask, padded on a side; on the left, so that
+    all rows end in the same column."""
+    batch = model.tokenizer.pad(dict(input_ids=rows), padding_side=side, return_tensors="pt")
+    return batch.to(DEVICE)
 
 USE_GRAPHS = CUDA
 LOOK_EVERY = 64 if CUDA else 4  # tokens between two looks at which rows have ended
@@ -1171,7 +1150,7 @@ def fast_sample(policy, prompts, u_BT, temperature):
     B, T = u_BT.shape
     u_BT = u_BT.to(DEVICE)
     logp_BT = torch.zeros_like(u_BT)
-    tokens_BT = logp_BT.long()
+    tokens_BT = logp_BT.long()  # 0, until they are sampled
     end_tokens = torch.tensor(policy.eos, device=DEVICE)
     row_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
     # The turn is a tensor, since a recorded graph would not see a Python number change
@@ -1187,14 +1166,13 @@ def fast_sample(policy, prompts, u_BT, temperature):
         t_1.add_(1)
         choose(logits_RV)
 
-    G = B // len(prompts)
-    logits_PV, cache = prefill(policy, prompts, G, T, temperature)
-    choose(logits_PV.repeat_interleave(G, 0))
-    t = 1
-    while t < T and not must_stop():
+    rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
+    logits_BV, cache = prefill(policy, rows, T, temperature)
+    choose(logits_BV)
+    for t in range(1, T, LOOK_EVERY):
         has_ended_R = torch.isin(tokens_BT[row_R, :t], end_tokens).any(1)
         going = (~has_ended_R).nonzero().squeeze(1)  # waits for the GPU
-        if len(going) == 0:
+        if len(going) == 0 or must_stop():
             break
         if len(going) < len(row_R):
             cache.keep(going)
@@ -1203,28 +1181,25 @@ def fast_sample(policy, prompts, u_BT, temperature):
         cache.width = max(map(len, prompts)) + t + turns - 1  # columns that are read
         cache.width += -cache.width % 8  # or fused attention copies the mask in every call
         repeat(turn, turns)
-        t += turns
     return up_to_end(tokens_BT, logp_BT, policy.eos)
 
-def prefill(policy, prompts, G, T, temperature):
-    """Read each of P prompts once, all end to end -> logits_PV of what follows, and the cache of
-    G rows a prompt, with place for T new tokens."""
-    inputs, _, _ = layout([(prompt, []) for prompt in prompts])
-    length_P = torch.tensor([len(prompt) for prompt in prompts], device=DEVICE)
+def prefill(policy, prompts, T, temperature):
+    """Read the prompts of B rows, those that are the very same list once -> logits_BV of what
+    follows, and the cache of the rows, with place for T new tokens."""
+    inputs, last_B, _ = layout([(prompt, []) for prompt in prompts])
+    place_RS = inputs["segments"].pop().key_BS  # of responses, which have no tokens yet
     cache = Cache()
-    place_RS = inputs["segments"][0].key_BS.repeat_interleave(G, 0)
     cache.place_RS = nn.functional.pad(place_RS, (0, T + -T % 8))  # the new ones: of anything
-    cache.position_R1 = length_P.repeat_interleave(G)[:, None] - 1
     cache.width = cache.place_RS.shape[1]
+    cache.position_R1 = inputs["position_ids"][0, last_B, None]
     hidden_1MD = policy.base_model(**inputs, cache=cache, use_cache=False).last_hidden_state
-    last_P = length_P.cumsum(0)  # the first place is padding
-    return head_logits(policy, hidden_1MD[0, last_P], temperature), cache
+    return head_logits(policy, hidden_1MD[0, last_B], temperature), cache
 
 def decode(policy, cache, token_R, temperature):
     """The next token of each row -> logits_RV of what follows it."""
     cache.position_R1.add_(1)
-    cache.back_BTS = cache.position_R1[..., None] - torch.arange(cache.width, device=DEVICE)
-    cache.masks = {}
+    back_R1S = cache.position_R1[..., None] - torch.arange(cache.width, device=DEVICE)
+    cache.masks = lru_cache(partial(mask_of, back_R1S))
     # A mask that `attend` ignores: without any, some models look for padding, and wait for the GPU
     no_mask = cache.position_R1[..., None, None]
     hidden_R1D = policy.base_model(
@@ -1237,10 +1212,6 @@ class Cache(dict):
     d], filled by `attend`. A token's column is its position. All columns are there from the
     beginning, written in place and read up to `width`, so that no address changes while tokens are
     decoded."""
-    def begin(self, layer, *pair):
-        """Each row gets its prompt's."""
-        self[layer] = [take_rows(x, self.place_RS).contiguous() for x in pair]
-
     def append(self, layer, *pair):
         """Those of the next tokens -> of all tokens."""
         column_R111 = self.position_R1[:, :, None, None]
@@ -1359,7 +1330,7 @@ def log_samples(run, step, rows, scores_BK, heldout):
 def log_step(run, step, metrics):
     """A step's metrics into metrics.jsonl, and a line on the terminal."""
     seconds = sum(run.seconds.values())
-    tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size
+    tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size  # of all processes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the host; Linux: KiB
     if CUDA:
         peak = torch.cuda.max_memory_allocated()
@@ -1369,22 +1340,23 @@ def log_step(run, step, metrics):
         for name in LOGS:
             run.state["log_sizes"][name] = os.path.getsize(f"{run.cfg.out_dir}/{name}")
     gap = metrics.get("sampler_gap", 0.0)  # a fork may have no sampler to correct
-    if gap > (0.2 if run.dtype == torch.bfloat16 else 0.05) and not run.warned:
+    if gap > 0.2 and not run.warned:
         run.warned = True  # once
         say(f"warning: the sampler's log-probs are {gap:.2f} off the trainer's")
     if step % run.cfg.log_interval > 0 and step not in (1, run.cfg.steps):
         return
-    left = timedelta(seconds=round(seconds * (run.cfg.steps - step)))
-    columns = dict(step=f"{step:>6}", reward=f"{metrics['reward']:>9.3f}",
-                   kl=f"{metrics['kl']:>8.3f}", length=f"{metrics['length']:>8.1f}",
-                   sec=f"{seconds:>7.2f}", left=f"{left!s:>9}")
+    left = timedelta(seconds=round(seconds * (run.cfg.steps - step)))  # at this step's speed
+    header = "  step   reward      kl  length    sec     left"
+    line = (f"{step:>6}{metrics['reward']:>9.3f}{metrics['kl']:>8.3f}{metrics['length']:>8.1f}"
+            f"{seconds:>7.2f}{left!s:>9}")
     for axis in run.axes:  # its mean score, and its share of what moves the policy
         cell = f"{metrics[f'score/{axis}']:.2f}{metrics[f'share/{axis}']:>5.0%}"
-        columns[axis] = cell.rjust(max(11, 1 + len(axis)))
+        width = max(11, 1 + len(axis))
+        header += axis.rjust(width)
+        line += cell.rjust(width)
     if run.wants_header:
-        header = "".join(name.rjust(len(cell)) for name, cell in columns.items())
         say("\n" + header[:100])  # a line of a terminal; metrics.jsonl has the rest
-    say("".join(columns.values())[:100])
+    say(line[:100])
     run.wants_header = False
 
 def answer_heldout(run):
@@ -1405,9 +1377,9 @@ def evaluate(run, step):
         return
     rows, scores_BE, names = answer_heldout(run)
     log_samples(run, step, rows, scores_BE, heldout=True)
-    sums = total(dict(zip(names, scores_BE.double().nansum(0))))
-    counts = total(dict(zip(names, scores_BE.isfinite().sum(0))))
-    means = {name: sums[name] / (counts[name] or math.nan) for name in names}  # of those with one
+    scores_PGE = scores_BE.unflatten(0, (-1, run.cfg.eval_samples))
+    all_scores_PGE = torch.tensor(collect(scores_PGE.tolist()))  # of all processes
+    means = dict(zip(names, all_scores_PGE.nanmean((0, 1)).tolist()))  # nan: no answer has a score
     write_row(run, "metrics.jsonl", dict(step=step) | means)
 
     before = run.state["before"]
@@ -1423,7 +1395,8 @@ def evaluate(run, step):
 def save_results(run):
     """policy/ and, with LoRA, adapter/."""
     cfg = run.cfg
-    save_folder(run.policy, f"{cfg.out_dir}/policy", run.policy.saved_dtype)  # as precise as read
+    read_as = run.policy.config.dtype or torch.float32  # as precise as it was read
+    save_folder(run.policy, f"{cfg.out_dir}/policy", read_as)
     if cfg.lora_rank > 0:
         save_adapter(run.policy, f"{cfg.out_dir}/adapter", cfg)
     say(f"saved in {cfg.out_dir}: policy/ (a Hugging Face folder), metrics.jsonl, samples.jsonl, "
@@ -1437,8 +1410,7 @@ THREADS = torch.get_num_threads()
 def set_threads(model):
     """Of a CPU. Below some millions of parameters two wait for each other longer than they work."""
     if "OMP_NUM_THREADS" not in os.environ:
-        is_tiny = sum(p.numel() for p in model.parameters()) < 2e6
-        torch.set_num_threads(1 if is_tiny else THREADS)
+        torch.set_num_threads(1 if model.num_parameters() < 2e6 else THREADS)
 
 def join_world(dtype="auto", alone=False):
     """Join torchrun's process group, or be a group of one -> rank, world size, compute dtype."""
@@ -1501,7 +1473,7 @@ def shard(model, dtype, recompute="False", mesh=None):
     recompute: keep a block's input only and run the block again in the backward pass; a choice
     of --recompute."""
     mesh = mesh or device_mesh()
-    precision = MixedPrecisionPolicy(dtype, reduce_dtype=precise(dtype))
+    precision = MixedPrecisionPolicy(dtype, reduce_dtype=precise(dtype))  # shards stay as they are
     wrap = partial(fully_shard, mesh=mesh, mp_policy=precision)
     frozen = not any(p.requires_grad for p in model.parameters())  # LoRA trains A and B
     for p in model.parameters():
@@ -1538,9 +1510,9 @@ def load(auto_class, path, **head):
     require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids),
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
     model.eval()  # no dropout: noise in a score, and rho would differ from 1
+    model.auto_class = auto_class  # which reads its weights later
     model.tokenizer = tokenizer
     model.stock_attention = config._attn_implementation
-    model.saved_dtype = config.dtype or torch.float32
     model.added = {}  # weights that are in no file
     return model
 
@@ -1548,9 +1520,8 @@ def read_weights(model):
     """{name: weight} of a model of `load`, read by the library, whole and into the host's memory.
     Only safetensors: a pickle can run code."""
     path = model.name_or_path
-    model_class = getattr(transformers, type(model).__name__.removeprefix("FSDP"))
     try:
-        whole, info = model_class.from_pretrained(
+        whole, info = model.auto_class.from_pretrained(
             path, config=model.config, dtype="auto", use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as e:  # somebody else's files fail in any way they like
@@ -1585,8 +1556,8 @@ def save_folder(model, path, dtype):
         return
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
-            A = whole.pop(f"{name}.lora_A")
-            B = whole.pop(f"{name}.lora_B")
+            A = whole.pop(f"{name}.lora_A.weight")
+            B = whole.pop(f"{name}.lora_B.weight")
             whole[f"{name}.weight"] = whole[f"{name}.weight"] + layer.lora_scale * B @ A
     whole = {name: weight.to(dtype) for name, weight in whole.items()}
     unfinished = f"{path}.tmp"
@@ -1608,14 +1579,14 @@ def put_in_place(path):
 # --------------------------------------------------------------------------------------------------
 # 4.8 Checkpoints
 
-def trained_tensors(model, optimizer):
+def trained_tensors(model, optimizer, updates):
     """What training changes, by name: trainable weights and their AdamW moments, which are made as
-    0 before the first update."""
+    0 before the first update. AdamW's bias correction is told the number of updates."""
     named = {}
     for name, p in model.named_parameters():
         if p.requires_grad:  # with LoRA the base is not in it
             moments = optimizer.state[p]
-            moments.setdefault("step", torch.tensor(0.0, device=DEVICE))
+            moments["step"] = torch.tensor(float(updates), device=DEVICE)
             named[name] = p.detach()
             for kind in ("exp_avg", "exp_avg_sq"):
                 named[f"{name}.{kind}"] = moments.setdefault(kind, torch.zeros_like(p))
@@ -1628,7 +1599,7 @@ def save_checkpoint(out_dir, model, optimizer, state):
     unfinished = f"{out_dir}/checkpoint.tmp"
     if IS_FIRST:
         shutil.rmtree(unfinished, ignore_errors=True)  # all wait for it in the plan of `save`
-    named = trained_tensors(model, optimizer)
+    named = trained_tensors(model, optimizer, state["updates"])
     files = {name: 1 + i // 64 for i, name in enumerate(named)}  # each is made in memory first
     dcp.save(named, storage_writer=dcp.HuggingFaceStorageWriter(
         unfinished, files, save_distributed=True))  # on disk, not in its cache
@@ -1651,10 +1622,8 @@ def load_checkpoint(out_dir, model, optimizer, state):
     try:
         stored = json.load(open(f"{folder}/state.json"))
         assert stored.pop("files") == len(os.listdir(folder)) - 1, "there are other files in it"
-        named = trained_tensors(model, optimizer)
+        named = trained_tensors(model, optimizer, stored["updates"])
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=True)
-        for moments in optimizer.state.values():
-            moments["step"].fill_(stored["updates"])  # AdamW's bias correction counts them
     except (Exception, dcp.CheckpointException) as e:  # files fail in any way they like
         die(f"{folder}: the checkpoint is damaged or of another model: {last_line(e)}")
     state |= stored
@@ -1683,7 +1652,7 @@ def lock(out_dir):
     half of every weight would be lost."""
     path = f"{out_dir}.lock"
     if IS_FIRST:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         LOCKS.append(open(path, "w"))
         try:
             fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1901,8 +1870,7 @@ def parse(config_class, argv, doc, toy={}):
 def recorded(path, config_class):
     """The flags of the run that is resumed."""
     try:
-        with open(path, encoding="utf-8") as f:
-            before = json.load(f)
+        before = json.load(open(path, encoding="utf-8"))
         config_class(**before)  # it knows them all
     except Exception as e:
         die(f"--resume: {path} cannot be read: {e}")

@@ -252,7 +252,7 @@ def policy_of(path, dtype=torch.float32, lora_rank=0, fast=True):
     mogrpo.go(policy, fast)
     with torch.no_grad():
         for name, p in policy.named_parameters():
-            if name.endswith("lora_B"):  # 0 at the start: the adapter would not show
+            if name.endswith("lora_B.weight"):  # 0 at the start: the adapter would not show
                 p.add_(0.3)
     return policy
 
@@ -345,7 +345,7 @@ def test_loaded_and_saved_equals_the_library(kind, tied, world):
     weights = [weight.full_tensor() for weight in policy.parameters()]  # a tied one once
     equal(weights, list(stock.parameters()))
     equal(list(policy.buffers()), list(stock.buffers()))
-    mogrpo.save_folder(policy, "again", policy.saved_dtype)
+    mogrpo.save_folder(policy, "again", policy.config.dtype)
     saved = stock_model("again")
     assert saved.dtype == torch.bfloat16
     ids = tensor([PROMPTS[1]])
@@ -383,7 +383,8 @@ def test_lora_is_the_formula_merged_and_in_peft(world):
     for name, linear in stock.named_modules():
         if name.endswith("proj"):  # the blocks' linear layers, all of them
             ours = policy.get_submodule(name)
-            linear.weight.data += 2.0 * ours.lora_B.full_tensor() @ ours.lora_A.full_tensor()
+            A, B = [part.weight.full_tensor() for part in (ours.lora_A, ours.lora_B)]
+            linear.weight.data += 2.0 * B @ A
     mogrpo.save_folder(policy, "merged", torch.float32)
     def off(model):
         return max_gap(torch.cat([stock_logp(model, *row) for row in rows]), adapted)
@@ -456,7 +457,7 @@ def test_the_fast_way_is_left_where_it_differs(world, monkeypatch, printed):
     mogrpo.choose_way(policy, LIMITS)
     assert policy.fast
     real = mogrpo.mask_of
-    forgetful = lambda view, heads, window, dtype: real(view, heads, None, dtype)
+    forgetful = lambda back, heads, window, dtype: real(back, heads, None, dtype)
     monkeypatch.setattr(mogrpo, "mask_of", forgetful)
     mogrpo.choose_way(policy, LIMITS)
     assert not policy.fast and "slower: ours differ by" in printed()
@@ -818,8 +819,8 @@ def test_micro_batches(world):
             with mock.patch.object(mogrpo, "layout", side_effect=mogrpo.layout) as layout:
                 with pytest.raises(AttributeError):  # no model
                     mogrpo.packed_hidden(None, batch.pairs)
-            [[groups]] = [call.args for call in layout.mock_calls]
-            inputs, _, _ = mogrpo.layout(groups)  # the padding token, and not the last ones
+            [[pairs]] = [call.args for call in layout.mock_calls]
+            inputs, _, _ = mogrpo.layout(pairs)  # the padding token, and not the last ones
             assert inputs["input_ids"].numel() == 1 + 5 + sum(lengths) - len(lengths)
         assert sorted(seen) == list(range(8))
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mogrpo import Dtype, SCORED_TOKENS, by_length, catch_signals, collect, die, heed_signals
-from mogrpo import join_world, launch, left_padded, load_policy, load_weights, read_jsonl, render
+from mogrpo import Dtype, SCORED_TOKENS, batch_of, by_length, catch_signals, collect, die
+from mogrpo import heed_signals, join_world, launch, load_policy, load_weights, read_jsonl, render
 from mogrpo import require, say, to_json, write_text
 from reward_model import answered, check_out
 
@@ -115,7 +115,7 @@ def digit_probs(judge, ids, max_tokens):
     short = [m for m in range(len(ids)) if len(ids[m]) <= max_tokens]
     for batch in by_length([len(ids[m]) for m in short], SCORED_TOKENS):
         numbers = [short[i] for i in batch]
-        inputs = left_padded(judge, [ids[m] for m in numbers])
+        inputs = batch_of(judge, [ids[m] for m in numbers])
         out = judge.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0,
                              output_logits=True, return_dict_in_generate=True)
         p_BV = out.logits[0].softmax(-1)  # of the one position that is asked for
