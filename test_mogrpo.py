@@ -760,7 +760,8 @@ def replay(out, script="mogrpo"):
             descent.step()
         logged |= zip(["loss", "kl", "clip_frac"], sums.tolist())
         for axis in log_lambda:
-            log_lambda[axis] += 5 * (floors[axis] - logged[f"score/{axis}"])
+            moved = log_lambda[axis] + 5 * (floors[axis] - logged[f"score/{axis}"])
+            log_lambda[axis] = max(-5.0, min(5.0, moved))
             logged[f"lambda/{axis}"] = math.exp(log_lambda[axis])
         within = 3e-6 if n == 1 else 3e-5  # the library's norms are in float32, and it adds up
         assert metrics == approx(metrics | logged, rel=within, abs=2e-7)
