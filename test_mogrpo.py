@@ -26,7 +26,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from contextlib import redirect_stderr
@@ -303,7 +302,7 @@ def end_run():
         lock.close()
     mogrpo.STOPS.clear()
     for name, of_a_rule in list(sys.modules.items()):
-        if str(getattr(of_a_rule, "__file__", "")).startswith(tempfile.gettempdir()):
+        if str(getattr(of_a_rule, "__file__", "")).startswith(os.getcwd()):
             del sys.modules[name]
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1815,7 +1814,7 @@ VARIANTS = "full lora steer ppo dpo".split()
 
 # What must not depend on the number of processes, for which NAME stands: scripts and flags
 MANY_RUNS = f"""
-ablations.lagrangian {REPLAYED_RUN} --floors=a=0.9,c=0.3 --epochs=2 --micro_tokens=50 \
+ablations.lagrangian {REPLAYED_RUN} --floors=a=0.9,c=0.3 --epochs=2 --micro_tokens=50 --lr=0.03 \
     --out_dir=out/full-NAME
 mogrpo {TINY_RUN}/lora-NAME --policy=policy --lora_rank=3 --lr=3e-2 --combine=gdpo --rules=rules.py
 ablations.steer {TINY_RUN}/steer-NAME --policy=policy
