@@ -69,7 +69,8 @@ class Config:
     max_new_tokens: int = 512     # answers are cut here
     temperature: float = 1.0      # of sampling; 0 takes the likeliest token every time
     dtype: mogrpo.Dtype = "auto"  # of compute; auto: bfloat16 on a GPU, else float32
-    fast: bool = True             # mogrpo.py's own attention and cache, where they are the library's
+    fast: bool = True             # mogrpo.py's own attention and cache, where they give the
+                                  # library's numbers
     seed: int = 0                 # of the random numbers that all policies share
 
     def __post_init__(self):

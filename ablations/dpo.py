@@ -45,7 +45,7 @@ def best_and_worst(rows, advantages_B, group_size):
 
 def pair_batches(run, pairs, signals):
     """Pairs -> micro-batches of whole pairs, as many on every process, and the counts of the step.
-    A batch has `pairs` (best, worst, best, worst, ...), signals, and each token's share in the KL."""
+    A batch has `pairs` (best, worst, best, worst, ...), signals, each token's share in the KL."""
     responses = [row["response"] for pair in pairs for row in pair]
     truncated = sum(row["truncated"] for pair in pairs for row in pair)
     counts = dict(responses=len(responses), tokens=sum(map(len, responses)), truncated=truncated)

@@ -29,16 +29,22 @@ class Config(mogrpo.Config):
 def dynamic_experience(run, step):
     """For run.experience: mogrpo's, and what replaces its dull groups. All processes go through as
     many rounds; one that misses no group samples no prompt, but takes part in the collectives."""
-    cfg, G = run.cfg, run.cfg.group_size
+    cfg = run.cfg
+    G = cfg.group_size
     first = (step - 1) * (1 + cfg.extra_rounds) + 1  # of the step's batches of prompts
     rows, scores_BK = mogrpo.experience(run, first)
     for batch in range(first + 1, first + 1 + cfg.extra_rounds):
-        signal_P = run.combine(scores_BK.unflatten(0, (-1, G)), run.weights_K, cfg).sum(-1).any(1)
-        dull = [i for i, signal in enumerate(collect(signal_P.tolist())) if not signal]
+        scores_PGK = scores_BK.unflatten(0, (-1, G))
+        parts_PGK = mogrpo.without_ties(run.combine(scores_PGK, run.weights_K, cfg))
+        has_signal = collect(parts_PGK.sum(-1).any(1).tolist())  # of every group of the step
+        dull = [i for i in range(len(has_signal)) if not has_signal[i]]
         if not dull:
             break
-        fresh = zip(dull, collect(mogrpo.prompts_of_step(run, batch)))
-        mine = {i // run.world: prompt for i, prompt in fresh if i % run.world == run.rank}
+        fresh = collect(mogrpo.prompts_of_step(run, batch))
+        mine = {}  # this process's dull groups: their new prompts
+        for i, prompt in zip(dull, fresh):
+            if i % run.world == run.rank:
+                mine[i // run.world] = prompt
         with timed(run, "sec/sample"):
             new_rows = mogrpo.rollout(run.policy, [*mine.values()], (cfg.seed, batch), G, cfg)
             new_BK = mogrpo.score_responses(new_rows, run.reward_models, run.rules)

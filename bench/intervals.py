@@ -1,6 +1,6 @@
 """
-Do eval.py's 95 % intervals cover the truth? Made-up policies whose true difference is known, in many
-trials, each compared by eval.py's own function.
+Do eval.py's 95 % intervals cover the truth? In many trials made-up policies, whose true difference
+is known, are compared by eval.py's own function.
 
     python -m bench.intervals                          # a minute
     python -m bench.intervals --prompts=20,80,320
@@ -8,8 +8,8 @@ trials, each compared by eval.py's own function.
 A prompt q is more or less hard: h_q ~ N(0, 1). A policy's answer to it scores sigmoid(h_q + d + e),
 e ~ N(0, 1), where d is 0 for the baseline and --difference for the other one: bounded, skewed, and
 alike in both policies, as real scores are. Ties come from rounding to one digit. The truth is the
-mean of 2,000,000 prompts. Printed is how often the interval of the mean, of the gain and of the wins
-holds it: 95 % is promised.
+mean of 2,000,000 prompts. Printed is how often the interval of the mean, of the gain and of the
+wins holds it: 95 % is promised.
 """
 from dataclasses import dataclass
 
