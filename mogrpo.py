@@ -6,11 +6,12 @@ your own, or both give each response K scores s_ik. GRPO (group relative policy 
 compares within the group only: what is better than its siblings becomes likelier.
 
     e_ik  = s_ik - mean_G s_k                           the group is its own baseline: no critic
-    A_i   = sum_k w_k e_ik / max(std_G of the sum, std_floor)            K axes, one advantage;
-            --combine=gdpo: sum_k w_k z_ik / its std over the step,      z: e in units of its std
+    A_i   = r_i / max(std_G r, std_floor)               r_i = sum_k w_k e_ik: K axes, one advantage
+    or with --combine=gdpo
+    A_i   = r_i / (std of r over the step)              r_i = sum_k w_k e_ik / std_G s_k
     rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)   for each token; pi_old: before this update
-    c     = min(pi_old / pi_sampler, 2)                 one model, rounded in two ways: see below
-    gain  = min(rho A_i c, clip(rho, 1 - clip_low, 1 + clip_high) A_i c)
+    c     = min(pi_old / pi_sampler, 2)                 pi_sampler: as computed while sampling
+    gain  = min(rho A_i c, clip(rho, 1 - clip_low, 1 + clip_high) A_i c)     PPO's clipped objective
     price = rho log(pi / pi_ref)                        the logarithm held fixed: see `objective`
     loss  = - sum over all tokens of share * (gain - beta * price)    share: see `token_shares`
     pi   <- AdamW step down the loss                    `epochs` times; then sample again
@@ -21,11 +22,13 @@ not public, so every default is our own choice).
 Departures from 2402.03300:
 - The std (that of the population, sum / G) is floored: below some spread a learned score is noise.
 - A group that is equal on every axis, but for rounding, gets an advantage of exactly 0.
-- rho may rise further than it may fall (DAPO).
-- The price has the gradient of KL(pi || pi_ref). Differentiating the estimator k3 has not.
+- rho may rise further than it may fall (DAPO, 2503.14476).
+- The gradient of the price is that of KL(pi || pi_ref). That of the published KL term is not: see
+  `objective`.
 - c, an importance weight: the sampler works token by token with a cache, so it rounds in another
   way than the trainer, and samples from a slightly other distribution than the one that is trained
-  (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+  (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). The
+  price goes without it: beta times so small a correction is not worth a factor.
 All probabilities are those at --temperature.
 
 Worth knowing: with --epochs=1 rho is exactly 1 (it is there for its gradient), so nothing is ever
@@ -42,17 +45,25 @@ Left out: a separate inference engine, several minibatches a rollout, tools, sev
         mogrpo.py ...                # the same on both nodes; out_dir must be a folder they share
     torchrun mogrpo.py [the same flags] --resume         # goes on, on any number of processes
 
-Who calls whom: main -> setup, train -> grpo_step -> experience -> rollout -> sample -> pick
-                                                                -> score_responses
-                                                  -> combine_sum or combine_gdpo -> centred
-                                                  -> grpo_update -> micro_batches -> token_shares
-                                                                 -> response_logp, objective
+Who calls whom:
+    main
+        setup
+        train
+            grpo_step                          for each step
+                experience
+                    rollout                    sample, which calls pick for every token
+                    score_responses            reward models, rules
+                combine_sum or combine_gdpo    centred; then without_ties
+                grpo_update
+                    micro_batches              token_shares
+                    response_logp, objective   for each micro-batch
+                    optimizer_step
 
 Shapes stand in names, so advantages_PG is [P, G]; a 1 is a dimension kept for broadcasting.
     P  prompts           G  responses to a prompt       K  axes of the scores     B  rows: P x G
-    L  longest prompt    T  new tokens    S  longest prompt + response
-    V  vocabulary        D  hidden size   N  response tokens of a micro-batch, end to end
-    R  rows not yet ended     M  all tokens of a micro-batch, end to end            (part 4 only)
+    T  new tokens        S  longest prompt + response   V  vocabulary              D  hidden size
+    N  response tokens of a micro-batch, end to end
+    M  all tokens of a micro-batch, end to end     R  rows not yet ended            (part 4 only)
 
 Parts: 1 the objective, 2 group sampling, 3 the loop, 4 machinery. On a first reading stop after 3.
 """
@@ -103,16 +114,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")  # one GPU a process: see `join_world`
-precise = partial(torch.promote_types, torch.float32)  # dtype of sums: float32, or float64
+at_least_float32 = partial(torch.promote_types, torch.float32)  # a dtype -> the dtype of its sums
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 
 @dataclass
 class Config:
     # models and data
     policy: str = "toy"           # causal LM, folder or hub id; toy: out/toy, with TOY's defaults
-    reward_model: str = ""        # folders, comma-separated: their id2label names the axes
+    reward_model: str = ""        # folders, comma-separated; the axes: id2label in config.json
     rules: str = ""               # FILE.py with scores(line of the prompts, response) -> {axis: x}
-    truth: str = ""               # another such file, only looked at: does the policy fool `rules`?
+    truth: str = ""               # another such file, only logged: does the policy game its reward?
     prompts: str = ""             # JSONL with "prompt" or "messages"
     heldout_prompts: str = ""     # JSONL for evaluations; empty: some 64 prompts are kept back
     out_dir: str = "out/mogrpo"   # results; an earlier run there is renamed, never overwritten
@@ -122,10 +133,10 @@ class Config:
     beta: float = 0.04            # weight of the KL to the reference; 0: no reference is loaded
     clip_low: float = 0.2         # where A < 0 the gradient stops at rho = 1 - clip_low
     clip_high: float = 0.28       # where A > 0 at 1 + clip_high; more keeps rare tokens (DAPO)
-    loss_norm: Literal["sequence", "token", "constant"] = "sequence"  # all responses weigh the
-                                  # same; with the others all tokens do: see `token_shares`
-    std_floor: float = 0.01       # least std to divide by: a narrower group differs by noise only.
-                                  # With gdpo this times the axis's std over the step
+    loss_norm: Literal["sequence", "token", "constant"] = "sequence"  # sequence: every response
+                                  # weighs the same; token, constant: every token does
+    std_floor: float = 0.01       # least std to divide by: a narrower spread is taken for noise.
+                                  # With gdpo: this fraction of the axis's std over the step
     # sampling
     group_size: int = 8           # G, responses a prompt: the baseline's sample size, at least 2
     prompts_per_step: int = 32    # over all processes; a GPU wants 128 rows and more (bench/speed)
@@ -141,8 +152,9 @@ class Config:
     epochs: int = 1               # optimizer steps on each rollout; above 1 the clipping matters
     grad_clip: float = 1.0        # largest gradient norm
     micro_tokens: int = 16384     # tokens of one forward and backward; bounds activation memory
-    recompute: Literal["auto", "True", "False"] = "auto"  # keep blocks' inputs only and run them
-                                  # again in backward: a third more work. auto: on a GPU
+    recompute: Literal["auto", "True", "False"] = "auto"  # keep only the inputs of the transformer
+                                  # blocks, run these again in backward: a third more work.
+                                  # auto: on a GPU
     lora_rank: int = 0            # train adapters of this rank instead; they want 5 to 20 times lr
     lora_alpha: float = 32.0      # adapters are scaled by alpha / rank
     dtype: Dtype = "auto"         # of compute; auto: bfloat16 on a GPU, else float32
@@ -169,7 +181,7 @@ def centred(scores_PGK):
     it counts as the mean: e is 0."""
     mean_P1K = scores_PGK.nanmean(1, keepdim=True)
     e_PGK = (scores_PGK - mean_P1K).nan_to_num()
-    # No spread but rounding is no spread: gdpo would divide by it
+    # Where the spread is but rounding it is set to 0: gdpo would divide by it
     largest_P1K = scores_PGK.abs().nan_to_num().amax(1, keepdim=True)
     is_rounding_P1K = e_PGK.abs().amax(1, keepdim=True) <= 1e-6 * largest_P1K
     return e_PGK.masked_fill(is_rounding_P1K, 0.0)
@@ -187,23 +199,24 @@ def standardized(scores_PGK, cfg):
     z_PGK = centred(scores_PGK) / torch.maximum(std_P1K, floor_11K)
     return z_PGK.nan_to_num()  # 0 / 0: no spread, or no scores
 
-# K scores to one advantage, by one of two functions: scores of all groups of a step -> parts_PGK,
-# what each axis adds to the advantage. (How the sum is split shows in the log, as share/<axis>.)
-# weights_K may be P1K, too: each prompt's own.
+# Both functions below take the scores of all groups of a step and return parts_PGK: what each axis
+# adds to the advantage. Summed over K they are the advantages. (That they are kept apart is for the
+# log: share/<axis>.) weights_K may be P1K, too: each prompt's own.
 
 def combine_sum(scores_PGK, weights_K, cfg):
-    """A_i = sum_k w_k e_ik / max(std_G of the sum, std_floor): an axis counts as much as it
-    spreads. Without the floor 0.50000 and 0.50001 would become -1 and +1 (verl issue 6348)."""
+    """part_ik = w_k e_ik / max(std_G r, std_floor), where r_i = sum_k w_k e_ik: an axis counts as
+    much as it spreads. Without the floor 0.50000 and 0.50001 would become -1 and +1 (verl issue
+    6348)."""
     weighted_PGK = weights_K * centred(scores_PGK)
     std_P11 = weighted_PGK.sum(-1, keepdim=True).std(1, correction=0, keepdim=True)
     return weighted_PGK / std_P11.clamp(min=cfg.std_floor)
 
 def combine_gdpo(scores_PGK, weights_K, cfg):
-    """GDPO (2601.05242): A_i = sum_k w_k z_ik / its std over the step: a narrow axis counts like a
-    wide one."""
+    """GDPO (2601.05242): part_ik = w_k z_ik / (std of r over the step), where r_i = sum_k w_k z_ik:
+    a narrow axis counts like a wide one."""
     weighted_PGK = weights_K * standardized(scores_PGK, cfg)
     step_std = weighted_PGK.sum(-1).std(correction=0)
-    return (weighted_PGK / step_std).nan_to_num()  # 0 / 0: no group has a signal
+    return weighted_PGK / step_std.clamp(min=1e-12)  # it is 0 if no group has a signal
 
 COMBINE = dict(sum=combine_sum, gdpo=combine_gdpo)  # the values of --combine
 
@@ -220,7 +233,8 @@ def objective(batch, logp_N, cfg):
     processes. The batch has, beside others (see `micro_batches` and `grpo_update`):
         advantage_N      of the token's response          token_share_N   see `token_shares`
         old_logp_N       log pi_old                       ref_logp_N      log pi_ref
-        c_N              the factor c                     lengths         tokens of each response"""
+        c_N              the factor c                     lengths         tokens of each response
+    (the last for objectives of your own: ablations/gspo.py)."""
     rho_N = (logp_N - batch.old_logp_N).exp()  # 1 in the first epoch, but with a gradient
     clipped_rho_N = rho_N.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside
     free_gain_N = rho_N * batch.advantage_N * batch.c_N
@@ -228,10 +242,10 @@ def objective(batch, logp_N, cfg):
     gain_N = torch.min(free_gain_N, clipped_gain_N)  # clipping may take gain away, never add any
 
     # The gradient of KL(pi || pi_ref) is E_pi[log(pi / pi_ref) grad log pi]: a token pays for how
-    # much likelier it has become. The logarithm is held fixed, since its own gradient would only
-    # add noise: its mean is 0. (GRPO was published with k3, below, in the loss. That estimates the
-    # value of this KL, but has the gradient of the other one, KL(pi_ref || pi), in rare large
-    # spikes: 2512.02556, 2510.01555.)
+    # much likelier it has become. Holding the logarithm fixed gives just that. (Its own gradient is
+    # E_pi[grad log pi] = 0 on average: noise.) GRPO as published has k3, below, in the loss: its
+    # value is right on average, its gradient is that of KL(pi_ref || pi), in rare large spikes
+    # (2512.02556, 2510.01555).
     log_ratio_N = (logp_N - batch.ref_logp_N).detach()
     price_N = rho_N * log_ratio_N
     loss = -(batch.token_share_N * (gain_N - cfg.beta * price_N)).sum()
@@ -244,7 +258,7 @@ def objective(batch, logp_N, cfg):
                       clip_frac=(batch.token_share_N * is_clipped_N).sum())
 
 def token_shares(lengths_B, counts, cfg):
-    """Share of each token of a response in the loss of the step -> shares_B, one for each response.
+    """For each response the share of each one of its tokens in the loss of the step -> shares_B.
     `counts`, of responses and tokens, are of the whole step, over all processes and micro-batches:
     a mean taken inside each would weigh a token by how its neighbours happened to be packed."""
     if cfg.loss_norm == "sequence":  # GRPO: mean over a response's tokens, then over responses
@@ -258,9 +272,9 @@ def token_shares(lengths_B, counts, cfg):
 # --------------------------------------------------------------------------------------------------
 # 2. Group sampling
 #
-# `sample` and `plain_logits` are what sampling and scoring are, by the library's own ways, for any
-# causal model it has. Part 4 has a faster way through most models, taken where it gives the same
-# numbers. From there come, too:
+# `sample` and `plain_logits` are the simple ways to sample and to get log-probs: the library's own,
+# right for any causal model it has. Part 4 has a faster way through most models, which is taken
+# where it gives the same numbers (then policy.fast is True). Also from part 4:
 #     gathered       a `with` block in which the whole policy is on this process
 #     batch_of       rows of token ids and their mask as tensors, all ending in the same column
 #     must_stop      whether Ctrl-C has come; heed_signals stops for it, on all processes together
@@ -278,11 +292,11 @@ def uniforms(keys, n):
 def pick(logits_BV, u_B):
     """Sample from softmax(logits): the first token whose cumulative probability exceeds u -> tokens
     and their log-probs."""
-    p_BV = logits_BV.softmax(-1, dtype=precise(logits_BV.dtype))
+    p_BV = logits_BV.softmax(-1, dtype=at_least_float32(logits_BV.dtype))
     cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)  # float32 would lose rare tokens of 150,000
-    target_B1 = (u_B * cdf_BV[:, -1])[:, None]     # its end is 1 but for rounding
+    target_B1 = (u_B * cdf_BV[:, -1])[:, None]     # the last is 1 but for rounding
     token_B1 = torch.searchsorted(cdf_BV, target_B1, right=True)
-    token_B1 = token_B1.clamp(max=p_BV.shape[-1] - 1)  # where u x end is rounded up to the end
+    token_B1 = token_B1.clamp(max=p_BV.shape[-1] - 1)  # where rounding puts the target at the end
     return token_B1.squeeze(-1), p_BV.gather(-1, token_B1).log().squeeze(-1)
 
 @torch.no_grad()
@@ -290,13 +304,15 @@ def sample(policy, prompts, u_BT, temperature):
     """G responses to each of P prompts (here: lists of token ids), in prompt order -> B token
     lists, each up to and including its end token or cut at T; their log-probs under the sampler, B
     tensors on the CPU. The library's `generate` runs the model, whatever its cache, masks and
-    logits are, and asks for each new token: we draw it, and leave greedy search no other."""
+    logits are. It does greedy search, but over logits that we change: `draw` samples a token and
+    sets the logits of all others to -inf, so that greedy search must take it."""
     B, T = u_BT.shape
     repeated = [prompt for prompt in prompts for _ in range(B // len(prompts))]
     logps = []  # logp_B of each new token
 
     def draw(ids_BS, logits_BV):
-        token_B, logp_B = pick(logits_BV / temperature, u_BT[:, len(logps)].to(DEVICE))
+        t = len(logps)
+        token_B, logp_B = pick(logits_BV / temperature, u_BT[:, t].to(DEVICE))
         logps.append(logp_B)
         only_token_BV = torch.full_like(logits_BV, -math.inf)
         return only_token_BV.scatter(1, token_B[:, None], 0.0)
@@ -340,13 +356,13 @@ def response_logp(policy, pairs, temperature):
     return token_logp(logits_NV, torch.tensor(targets, device=DEVICE))
 
 def token_logp(logits_NV, targets_N):
-    logits_NV = logits_NV.to(precise(logits_NV.dtype))
+    logits_NV = logits_NV.to(at_least_float32(logits_NV.dtype))
     return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
 
 def rollout(policy, prompts, stream, group_size, cfg):
     """Sample `group_size` responses to each of some prompts (dicts of `load_prompts`) -> B rows in
     prompt order: dicts of prompt (that dict), response (token ids), text, truncated (it has no end
-    token), sampler_logp (of each token). Every process must call it, be it for no prompts. The same
+    token), sampler_logp (of each token). Every process must call it, even with no prompts. The same
     `stream`, (seed, step) in training, gives a prompt the same responses."""
     rows = []
     sampler = fast_sample if policy.fast else sample
@@ -363,13 +379,13 @@ def rollout(policy, prompts, stream, group_size, cfg):
                 rows.append(dict(
                     prompt=some[b // group_size], response=response, text=texts[b],
                     truncated=response[-1] not in policy.eos, sampler_logp=logps[b]))
-    heed_signals()  # what was left half done is not returned
+    heed_signals()  # raises Stopped if a signal has come: half-finished rows are not returned
     return rows
 
 def score_responses(rows, reward_models, rules):
     """Where every reward comes from: the rows of `rollout` -> scores_BK, nan where an axis has
     nothing to say. The axes are those of the reward models, in the order given, then those of the
-    rules. Every process must call it, be it for no rows."""
+    rules. Every process must call it, even with no rows."""
     columns = [torch.zeros(len(rows), 0)]  # eval.py may have no rewards at all
     for reward_model in reward_models:
         conversations = [(row["prompt"]["messages"], row["text"]) for row in rows]
@@ -411,8 +427,8 @@ def grpo_step(run, step):
     rows, scores_BK = run.experience(run, step)
     log_samples(run, step, rows, scores_BK, heldout=False)
 
-    # 2. Compare them. Every process computes the advantages of all groups of the step, a few kB,
-    # since some of it is a mean over the step, and keeps its own
+    # 2. Compare them. gdpo needs statistics of the whole step: so every process gets all scores (a
+    # few kB), computes all advantages, and keeps its own (prompt i is on process i % world)
     scores_PGK = scores_BK.unflatten(0, (-1, cfg.group_size))
     all_scores_PGK = torch.tensor(collect(scores_PGK.tolist()))
     if all_scores_PGK.isnan().all():
@@ -436,15 +452,15 @@ def micro_batches(run, rows, advantages_B):
                         truncated=sum(row["truncated"] for row in rows)))
     shares_B = token_shares(lengths_B, counts, cfg)
     batches = []
-    for numbers in packed_together(rows, cfg):
-        lengths = lengths_B[numbers]
+    for chosen in packed_together(rows, cfg):  # numbers of rows
+        lengths = lengths_B[chosen]
         # What a response has, all its tokens have
         batches.append(SimpleNamespace(
-            pairs=[(rows[b]["prompt"]["ids"], rows[b]["response"]) for b in numbers],
+            pairs=[(rows[b]["prompt"]["ids"], rows[b]["response"]) for b in chosen],
             lengths=lengths.tolist(),
-            sampler_logp_N=torch.cat([rows[b]["sampler_logp"] for b in numbers]).to(DEVICE),
-            advantage_N=advantages_B[numbers].repeat_interleave(lengths).to(DEVICE),
-            token_share_N=shares_B[numbers].repeat_interleave(lengths).to(DEVICE)))
+            sampler_logp_N=torch.cat([rows[b]["sampler_logp"] for b in chosen]).to(DEVICE),
+            advantage_N=advantages_B[chosen].repeat_interleave(lengths).to(DEVICE),
+            token_share_N=shares_B[chosen].repeat_interleave(lengths).to(DEVICE)))
     even_out(batches)
     return batches, counts
 
@@ -466,11 +482,11 @@ def grpo_update(run, rows, advantages_B, step):
                 batch.ref_logp_N = reference_logp(run, batch)
                 gap_N = batch.old_logp_N - batch.sampler_logp_N
                 batch.c_N = gap_N.exp().clamp(max=2.0)  # no odd token may outweigh all others
-                # Means over all tokens of the step; 0 in a batch that is here only because all
-                # processes must run equally many
+                # Means over all tokens of the step. A batch that `even_out` has repeated has share
+                # 0 and does not count
                 per_token_N = (batch.token_share_N > 0) / counts["tokens"]
                 sums["sampler_gap"] += (gap_N.abs() * per_token_N).sum()
-                sums["entropy"] -= (batch.old_logp_N * per_token_N).sum()  # an estimate
+                sums["entropy"] -= (batch.old_logp_N * per_token_N).sum()  # its mean is E[-log pi]
             loss, logged = run.objective(batch, logp_N, cfg)
             # FSDP divides by world, but a share already counts the tokens of all processes
             (loss * run.world).backward()
@@ -482,8 +498,8 @@ def grpo_update(run, rows, advantages_B, step):
 def make_optimizer(policy, cfg):
     """AdamW without weight decay. 0.95: the second moment remembers 20 steps, not the usual 1000,
     since a run is short and gradients change their size."""
-    weights = dict(params=policy.parameters(), peak_lr=cfg.lr)  # frozen ones get no gradient
-    return torch.optim.AdamW([weights], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    group = dict(params=policy.parameters(), peak_lr=cfg.lr)  # frozen ones get no gradient
+    return torch.optim.AdamW([group], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 def optimizer_step(run, step):
     """Clip, step with the learning rate of `step`, zero -> the gradient's norm. A gradient that is
@@ -497,7 +513,7 @@ def optimizer_step(run, step):
         group["lr"] = group["peak_lr"] * warmup * cosine
         norm = nn.utils.clip_grad_norm_(group["params"], cfg.grad_clip).full_tensor()
         grad_norm += norm.item()  # a CPU-GPU sync point
-    if math.isfinite(grad_norm):  # it is not when the loss is not
+    if math.isfinite(grad_norm):  # if the loss is not, this is not
         run.optimizer.step()  # on this process's shards
         state["updates"] += 1
         state["skipped_in_a_row"] = 0
@@ -520,8 +536,8 @@ class Run:
         train(run, grpo_step)
     """
     cfg: Config
-    rank: int                     # the number of this process,
-    world: int                    # of so many
+    rank: int                     # number of this process
+    world: int                    # number of processes
     dtype: torch.dtype            # of compute
     mesh: dist.DeviceMesh         # over which every model is sharded
     policy: nn.Module             # in training
@@ -535,8 +551,8 @@ class Run:
     prompts: list                 # dicts of record (a line of the file), messages, ids, tag, ...
     heldout: list
     optimizer: torch.optim.Optimizer
-    trained: nn.Module            # what a checkpoint holds: its weights, their moments, and
-    state: dict                   # numbers and dicts of them (JSON) that must survive a crash
+    trained: nn.Module            # whose weights and moments a checkpoint holds
+    state: dict                   # counters and such, in the checkpoint as JSON
     seconds: dict                 # of the step's phases so far
     experience: Callable          # (run, step) -> rows, scores_BK of this process
     combine: Callable             # all scores_PGK, weights_K, cfg -> parts_PGK of the advantages
@@ -553,7 +569,7 @@ def train(run, one_step):
     catch_signals()
     try:
         for step in range(state["step"] + 1, cfg.steps + 1):
-            # Before the step: so a run that was stopped after the one before does it, too
+            # Before the step: a run that was stopped after the last one does it when resumed
             if step == 1 or cfg.eval_interval and (step - 1) % cfg.eval_interval == 0:
                 evaluate(run, step - 1)
             metrics = one_step(run, step)
@@ -565,8 +581,8 @@ def train(run, one_step):
     except Stopped as stop:  # all processes at once; what the next step had begun is dropped
         save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
         saved = f"step {state['step']} is saved in {cfg.out_dir}; --resume goes on there"
-        require(not stop.args, f"{stop}; {saved}")  # with a message it is a failure,
-        say(f"stopped: {saved}")  # without one Ctrl-C
+        require(not stop.args, f"{stop}; {saved}")  # a message: it is a failure
+        say(f"stopped: {saved}")  # none: Ctrl-C
         return
     require(state["updates"] > 0, "nothing was learned: no update succeeded")
     save_results(run)
@@ -709,7 +725,7 @@ def load_reward_model(path, max_tokens=10**9, **head):
     `axes` are the K names."""
     model = load(AutoModelForSequenceClassification, path, **head)
     tokenizer = model.tokenizer
-    # The head reads at the last token that is none
+    # The head reads at the last token that is not padding
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     # Too long a text loses its beginning: the response stands last
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, positions_of(model))
@@ -801,7 +817,7 @@ async def finished(calls):
     return [task.result for task in tasks]
 
 def numbers_of(rules, answer, n):
-    """An answer on n rows -> n lists of K numbers; what is none raises."""
+    """An answer on n rows -> n lists of K numbers; raises where one is not a number."""
     found = answer if rules.sees_groups else [answer]  # n dicts of scores
     assert len(found) == n, f"{len(found)} answers on {n} responses"
     numbers = []
@@ -1473,7 +1489,7 @@ def shard(model, dtype, recompute="False", mesh=None):
     recompute: keep a block's input only and run the block again in the backward pass; a choice
     of --recompute."""
     mesh = mesh or device_mesh()
-    precision = MixedPrecisionPolicy(dtype, reduce_dtype=precise(dtype))  # shards stay as they are
+    precision = MixedPrecisionPolicy(dtype, reduce_dtype=at_least_float32(dtype))
     wrap = partial(fully_shard, mesh=mesh, mp_policy=precision)
     frozen = not any(p.requires_grad for p in model.parameters())  # LoRA trains A and B
     for p in model.parameters():

@@ -667,6 +667,7 @@ def test_no_token_is_too_far_from_the_reference(d):
     assert logged["kl"].item() == approx(math.exp(d) - d - 1)
 
 REPLAYED_RULES = """
+import random
 def scores(record, response):
     draw = random.Random(response + record["prompt"])
     found = dict(a=draw.random(), b=0.1 * draw.random(), c=draw.random())
@@ -963,6 +964,7 @@ def test_rules_that_wait_do_so_together(tiny_run):
             assert scores == dict(fine=None if "w7" in response else len(response))
 
 POOL_RULES = """
+import time
 from multiprocessing import Pool, Process
 def length(text):
     return len(text)
