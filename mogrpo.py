@@ -951,7 +951,12 @@ def layout(pairs):
     All tokens stand end to end in one row of M: p + G r tokens instead of G (p + r). Positions go
     on after the prompt in each of its responses, and the segments, one of all prompts and one of
     all responses, tell `attend` who sees whom. The end token is a target like any other; the last
-    token of a response predicts nothing, so it is not there."""
+    token of a response predicts nothing, so it is not there. For example, of the prompt [7, 8] and
+    its responses [5, 2] and [6, 2], where 2 ends:
+
+        ids        0 7 8 5 6        positions  0 0 1 2 2
+        predictors 2 3 2 4          targets    5 2 6 2
+    """
     ids = [0]  # the padding of segments: one token
     positions = [0]
     prompts, responses = [], []  # of each text, where in the row its tokens are and what they see
