@@ -166,7 +166,8 @@ class Config:
     eval_samples: int = 4         # responses to a held-out prompt
     log_interval: int = 1         # a line on the terminal every so many steps; the first and last
     tensorboard: bool = False     # curves in out_dir/tensorboard, too; wants that package
-    save_interval: int = 50       # checkpoint every so many steps, at the end, and after Ctrl-C
+    save_interval: int = 50       # checkpoint every so many steps, at the end, and after Ctrl-C (on
+                                  # which torchrun waits 30 s: give it --shutdown-timeout)
     resume: bool = False          # continue from out_dir/checkpoint
     seed: int = 0                 # order of prompts and every sampled token
 
@@ -237,15 +238,15 @@ def objective(batch, logp_N, cfg):
     (the last for objectives of your own: ablations/gspo.py)."""
     rho_N = (logp_N - batch.old_logp_N).exp()  # 1 in the first epoch, but with a gradient
     clipped_rho_N = rho_N.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside
-    free_gain_N = rho_N * batch.advantage_N * batch.c_N
+    unclipped_gain_N = rho_N * batch.advantage_N * batch.c_N
     clipped_gain_N = clipped_rho_N * batch.advantage_N * batch.c_N
-    gain_N = torch.min(free_gain_N, clipped_gain_N)  # clipping may take gain away, never add any
+    gain_N = torch.min(unclipped_gain_N, clipped_gain_N)  # clipping takes gain away, never adds any
 
     # The gradient of KL(pi || pi_ref) is E_pi[log(pi / pi_ref) grad log pi]: a token pays for how
-    # much likelier it has become. Holding the logarithm fixed gives just that. (Its own gradient is
-    # E_pi[grad log pi] = 0 on average: noise.) GRPO as published has k3, below, in the loss: its
-    # value is right on average, its gradient is that of KL(pi_ref || pi), in rare large spikes
-    # (2512.02556, 2510.01555).
+    # much likelier it has become, though not for where it leads. Holding the logarithm fixed gives
+    # just that; its own gradient, grad log pi, is 0 on average: noise. GRPO as published has k3,
+    # below, in the loss: its value is right on average, its gradient is that of KL(pi_ref || pi),
+    # in rare large spikes (2512.02556, 2510.01555).
     log_ratio_N = (logp_N - batch.ref_logp_N).detach()
     price_N = rho_N * log_ratio_N
     loss = -(batch.token_share_N * (gain_N - cfg.beta * price_N)).sum()
@@ -253,7 +254,7 @@ def objective(batch, logp_N, cfg):
     # The KL in the log is Schulman's k3, x - 1 - log x of x = pi_ref / pi: never negative, and
     # since the mean of x under pi is 1, right on average
     k3_N = (-log_ratio_N).exp() - 1 + log_ratio_N
-    is_clipped_N = free_gain_N > clipped_gain_N
+    is_clipped_N = unclipped_gain_N > clipped_gain_N
     return loss, dict(kl=(batch.token_share_N * k3_N).sum(),
                       clip_frac=(batch.token_share_N * is_clipped_N).sum())
 
@@ -281,8 +282,8 @@ def token_shares(lengths_B, counts, cfg):
 
 def uniforms(keys, n):
     """n uniform numbers for each response -> u_BT in [0, 1), float64, on the CPU. They make the
-    sampled text the same on any number of processes, in any batches, and after a resume: row b is
-    a function of keys[b] = (seed, step, prompt, sample) alone."""
+    sampled text the same, but for rounding, on any number of processes, in any batches, and after a
+    resume: row b is a function of keys[b] = (seed, step, prompt, sample) alone."""
     u_BT = []
     for key in keys:
         rng = random.Random(repr(key))  # seeded by a hash of that text, alike on every machine
@@ -472,9 +473,10 @@ def grpo_update(run, rows, advantages_B, step):
     sums = defaultdict(float)
     for epoch in range(cfg.epochs):
         for batch in batches:
+            if epoch == 0:
+                heed_signals()  # nothing is changed yet, and no weights are gathered
             logp_N = response_logp(run.policy, batch.pairs, cfg.temperature)
             if epoch == 0:
-                heed_signals()  # nothing is changed yet
                 # pi_old is the policy before this update: these very log-probs, held fixed, for no
                 # optimizer step comes before all batches are through. So there is no extra forward;
                 # rho is exp(0) = 1, and its gradient is that of log pi.
@@ -484,7 +486,8 @@ def grpo_update(run, rows, advantages_B, step):
                 batch.c_N = gap_N.exp().clamp(max=2.0)  # no odd token may outweigh all others
                 # Means over all tokens of the step. A batch that `even_out` has repeated has share
                 # 0 and does not count
-                per_token_N = (batch.token_share_N > 0) / counts["tokens"]
+                is_counted_N = batch.token_share_N > 0
+                per_token_N = is_counted_N / counts["tokens"]
                 sums["sampler_gap"] += (gap_N.abs() * per_token_N).sum()
                 sums["entropy"] -= (batch.old_logp_N * per_token_N).sum()  # its mean is E[-log pi]
             loss, logged = run.objective(batch, logp_N, cfg)
@@ -560,8 +563,9 @@ class Run:
     objective: Callable           # (batch, logp_N, cfg) -> loss, what is logged
 
 def train(run, one_step):
-    """Call `one_step(run, step)` (here `grpo_step`; a fork hands over its own) until cfg.steps, and
-    log, evaluate, save, stop and resume around it."""
+    """Call `one_step(run, step)` (here `grpo_step`; a fork hands over its own, whose metrics hold
+    the same names as far as `log_step` prints them) until cfg.steps, and log, evaluate, save, stop
+    and resume around it."""
     cfg = run.cfg
     state = run.state
     open_out_dir(cfg, run.trained, run.optimizer, state)  # a fresh folder, or the run to resume
@@ -689,15 +693,17 @@ def positions_of(model):
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 def split_prompts(cfg, policy):
-    """Prompts to train on, and those held out, which never are."""
+    """Prompts to train on, and those held out."""
     prompts = load_prompts(cfg.prompts, policy, cfg)
     if cfg.heldout_prompts:
         return prompts, load_prompts(cfg.heldout_prompts, policy, cfg)
     fraction = min(0.05, 64 / (1 + len(prompts)))  # one in twenty, and about 64 at most
-    sides = [], []  # not held out, held out
+    kept = []
+    heldout = []
     for prompt in prompts:
-        sides[is_held_out(prompt["messages"], fraction, cfg.seed)].append(prompt)
-    return sides
+        side = heldout if is_held_out(prompt["messages"], fraction, cfg.seed) else kept
+        side.append(prompt)
+    return kept, heldout
 
 def is_held_out(messages, fraction, seed):
     """Split by a hash of the prompt: its rows fall on one side, whatever the order of the file."""
@@ -711,7 +717,8 @@ def prompts_of_step(run, step):
     finished_passes, turn = divmod(step - 1, len(run.prompts) // size)
     order = list(run.prompts)
     random.Random(repr((run.cfg.seed, finished_passes))).shuffle(order)
-    return order[turn * size:][:size][run.rank::run.world]
+    of_step = order[turn * size:(turn + 1) * size]
+    return of_step[run.rank::run.world]
 
 # --------------------------------------------------------------------------------------------------
 # 4.2 Rewards
@@ -808,8 +815,12 @@ def calls_of(rules, units):
         record = unit[0]["prompt"]["record"] | dict(tokens=tokens, truncated=truncated)
         calls.append(partial(rules.function, record, texts))
     if inspect.iscoroutinefunction(rules.function):  # a judge behind a server: all at once
-        calls = asyncio.run(finished(calls))  # they return or raise what is known by now
+        global LOOP  # one for the whole run: clients of servers and semaphores belong to a loop
+        LOOP = LOOP or asyncio.new_event_loop()
+        calls = LOOP.run_until_complete(finished(calls))  # they return or raise what is known now
     return calls
+
+LOOP = None
 
 async def finished(calls):
     tasks = [asyncio.create_task(call()) for call in calls]
@@ -843,12 +854,12 @@ def rule_scores(rules, rows):
         except Exception as e:
             scores += [[math.nan] * len(rules.axes)] * len(unit)  # no score on any axis
             failures.append(f"{unit[0]['prompt']['where']}: {e!r}")
-    failures = sum(collect([failures]), [])  # of all processes
+    all_failures = sum(collect([failures]), [])  # of all processes
     calls = sum(collect([len(units)]))
-    told = f"{rules.path} failed in {len(failures)} of {calls} calls: {'; '.join(failures[:1])}"
-    if failures and len(failures) == calls:
-        raise Stopped(told)
-    if failures:
+    if all_failures:
+        told = f"{rules.path} failed in {len(all_failures)} of {calls} calls: {all_failures[0]}"
+        if len(all_failures) == calls:
+            raise Stopped(told)
         say(f"warning: {told}")
     return torch.tensor(scores).view(len(rows), len(rules.axes))
 
@@ -873,7 +884,7 @@ def group_metrics(run, scores_PGK, parts_PGK):
                    reward_std=rewards_PG.std(1, correction=0).mean().item(),
                    conflict=(above_PG & below_PG).float().mean().item())
     by_axis = dict(score=scores_PGK, missing=scores_PGK.isnan(), std=std_P1K,
-                   zero_std=std_P1K <= floor_11K, share=share_PGK)
+                   zero_std=~(std_P1K > floor_11K), share=share_PGK)  # nan: no scores
     for name, values in by_axis.items():  # PGK or P1K
         for axis, mean in zip(run.axes, values.float().nanmean((0, 1)).tolist()):  # K means
             metrics[f"{name}/{axis}"] = mean
@@ -1210,7 +1221,8 @@ def prefill(policy, prompts, T, temperature):
     inputs, last_B, _ = layout([(prompt, []) for prompt in prompts])
     place_RS = inputs["segments"].pop().key_BS  # of responses, which have no tokens yet
     cache = Cache()
-    cache.place_RS = nn.functional.pad(place_RS, (0, T + -T % 8))  # the new ones: of anything
+    # Columns of tokens to come hold anything: they are masked until they are written
+    cache.place_RS = nn.functional.pad(place_RS, (0, T + -T % 8))
     cache.width = cache.place_RS.shape[1]
     cache.position_R1 = inputs["position_ids"][0, last_B, None]
     hidden_1MD = policy.base_model(**inputs, cache=cache, use_cache=False).last_hidden_state
@@ -1275,8 +1287,8 @@ def as_graph(step):
 
 def packed_together(rows, cfg):
     """Which of the rows of `rollout` make a micro-batch -> lists of row numbers, each of at most
-    `micro_tokens` tokens when padded. A group stays together, as if all were as long as its
-    longest."""
+    `micro_tokens` tokens when padded. Most groups stay together, since all of a group count as long
+    as its longest."""
     lengths = []
     for _, group in groupby(rows, lambda row: id(row["prompt"])):
         widths = [len(row["prompt"]["ids"]) + len(row["response"]) for row in group]
@@ -1548,10 +1560,11 @@ def read_weights(model):
     except Exception as e:  # somebody else's files fail in any way they like
         die(f"{path}: its weights cannot be loaded: {e}")
     keys = map(str, info["missing_keys"] | info["mismatched_keys"])
-    odd = [key for key in keys if not re.match(r"\W*(score|classifier)\.", key)]  # a new head
+    conflicts = [key for key in keys if not re.match(r"\W*(score|classifier)\.", key)]  # a new head
     # In the files, but of a layer that the config does not have
-    odd += [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
-    require(not odd, f"{path}: its files and config.json do not agree on {sorted(odd)[:3]}")
+    conflicts += [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
+    require(not conflicts, f"{path}: its files and config.json do not agree on "
+            f"{sorted(conflicts)[:3]}")
     return whole.state_dict() | model.added
 
 def load_weights(model):
@@ -1681,9 +1694,12 @@ def lock(out_dir):
             die(f"{out_dir}: another run writes there and has locked {path}")
         except OSError:
             pass  # a file system without locks
+        LOCKS[-1].write(str(time.time()))  # of this run, and no other
+        LOCKS[-1].flush()
     dist.barrier()
-    require(all(collect([os.path.exists(path)])), f"{path} is not seen by all processes: --out_dir "
-            "must be a folder that all nodes share")
+    seen = open(path).read() if os.path.exists(path) else None
+    require(len(set(collect([seen]))) == 1, f"{path} is not the same file for all processes: "
+            "--out_dir must be a folder that all nodes share")
 
 def open_out_dir(cfg, model, optimizer, state):
     """Make cfg.out_dir the folder of this run alone, with its flags in config.json; with --resume

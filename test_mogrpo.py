@@ -1740,10 +1740,12 @@ FLOORS = "--floors=safety=0.9,politeness=0.2"
 def test_resume_is_exact_after_a_stop_at_any_step(script, flags, stops, toy, monkeypatch):
     few_heldout()
     script = module(script)
-    common = f"{SMALL} --steps=4 --heldout_prompts=few.jsonl --eval_interval=2 {flags} --out_dir="
+    common = f"{SMALL} --steps=4 --heldout_prompts=few.jsonl --eval_interval=2 --micro_tokens=200"
+    common += f" {flags} --out_dir="
     whole = "out/whole"
     run_main(script, f"{common}{whole} --save_interval=0")
-    events = [(mogrpo, "pick", {60: signal.SIGTERM})]  # in a rollout or an evaluation
+    events = [(mogrpo, "pick", {60: signal.SIGTERM}),  # in a rollout or an evaluation
+              (mogrpo, "response_logp", {19: signal.SIGINT})]  # in the second update
     for n in stops:  # in the first of a step's two updates
         events.append((torch.optim.AdamW, "step", {2 * n - 1: signal.SIGINT}))
     for i, event in enumerate(events):
@@ -2203,7 +2205,7 @@ def test_a_folder_belongs_to_one_run(flags, world):
 
 def apart(rank):
     """One of two processes whose working folders are not the same."""
-    os.makedirs(f"node{rank}")
+    os.makedirs(f"node{rank}", exist_ok=True)
     os.chdir(f"node{rank}")
     dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/../group", rank=rank,
                             world_size=2)
@@ -2211,13 +2213,21 @@ def apart(rank):
     with open("../said", "a", buffering=1) as sys.stderr:
         mogrpo.lock("out/run")
 
-def test_nodes_must_share_the_folder(monkeypatch):
+@cases("stale", (False, True))
+def test_nodes_must_share_the_folder(stale, monkeypatch):
+    """Nor does it help that an earlier run has left its lock on the other node."""
+    if stale:
+        os.makedirs("node1/out")
+        write_text("node1/out/run.lock", "")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     with pytest.raises(torch.multiprocessing.ProcessExitedException) as e:
         torch.multiprocessing.start_processes(apart, (), 2, start_method="forkserver")
     assert e.value.exit_code == 2
     assert Path("said").read_text().count("\n") == 1
-    assert sorted(everything()) == ["group", "node0/out/run.lock", "said"]
+    files = ["group", "node0/out/run.lock", "said"]
+    if stale:
+        files.insert(2, "node1/out/run.lock")
+    assert sorted(everything()) == files
 
 def test_prompts_are_read_before_any_weight(flags, monkeypatch):
     monkeypatch.setattr(mogrpo, "load_weights", None)
