@@ -83,7 +83,8 @@ class Config:
         require(least > 0, "--eval_samples, --sample_rows, --max_prompt_tokens and "
                 "--max_new_tokens must be greater than 0")
         require(self.temperature >= 0, f"--temperature={self.temperature}: must not be negative")
-        self.temperature = max(1e-6, self.temperature)  # softmax at 1e-6 is the argmax
+        if self.temperature < 0.001:  # softmax is then the argmax; a power of two rounds nothing
+            self.temperature = 2.0**-100
         require(self.prompts, "--prompts: a file of held-out prompts is needed")
         paths = folders(self.policies)  # refuses what it cannot read
         require(self.blind == 0 or len(paths) > 1, "--blind wants two policies")

@@ -91,7 +91,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from itertools import groupby
 from types import SimpleNamespace
@@ -170,8 +170,10 @@ class Config:
                                   # which torchrun waits 30 s: give it --shutdown-timeout)
     resume: bool = False          # continue from out_dir/checkpoint
     seed: int = 0                 # order of prompts and every sampled token
+    day: str = ""                 # YYYY-MM-DD that chat templates tell; empty: that of the start
 
     def __post_init__(self):
+        self.day = self.day or TODAY
         check_flags(self)
 
 # --------------------------------------------------------------------------------------------------
@@ -373,6 +375,8 @@ def rollout(policy, prompts, stream, group_size, cfg):
             some = prompts[first:first + prompts_at_once]
             keys = [(*stream, prompt["index"], g) for prompt in some for g in range(group_size)]
             u_BT = uniforms(keys, cfg.max_new_tokens)
+            if cfg.temperature < 1e-20:  # eval.py's 0: of several likeliest tokens the first
+                u_BT.zero_()
             prompt_ids = [prompt["ids"] for prompt in some]
             responses, logps = sampler(policy, prompt_ids, u_BT, cfg.temperature)
             texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -604,7 +608,7 @@ def setup(cfg):
             "give --prompts=FILE.jsonl, and --reward_model=DIR or --rules=FILE.py or both")
     rank, world, dtype = join_world(cfg.dtype)
     mesh = device_mesh(cfg.hsdp)  # one for all models
-    policy = load_policy(cfg.policy)  # `shard` will read its weights
+    policy = load_policy(cfg.policy, cfg.day)  # `shard` will read its weights
     set_threads(policy)  # on a CPU
     torch.manual_seed(cfg.seed)  # a LoRA adapter starts at random
     if cfg.lora_rank > 0:
@@ -617,7 +621,13 @@ def setup(cfg):
             f"--prompts_per_step={cfg.prompts_per_step}, and these as processes ({world})")
     rules = load_rules(cfg.rules, prompts[0])
     truth = load_rules(cfg.truth, prompts[0])
-    reward_models = load_reward_models(cfg.reward_model)
+    reward_models = load_reward_models(cfg.reward_model, cfg.day)
+    for reward_model in reward_models:
+        most = reward_model.tokenizer.model_max_length
+        long = sum(len(prompt["ids"]) + cfg.max_new_tokens > most for prompt in prompts)
+        if long > 0:
+            warn(f"{reward_model.name_or_path} reads {most} tokens: with {long} of {len(prompts)} "
+                 "prompts a long response would be read without their beginning")
     axes = axes_of(reward_models, rules)  # K names
     weight_of = axis_numbers("weights", cfg.weights, axes, 1e6)
     weights_K = torch.tensor([weight_of.get(axis, 1.0) for axis in axes])
@@ -633,11 +643,16 @@ def setup(cfg):
         go(reference, policy.fast)
     for reward_model in reward_models:
         shard(reward_model, dtype, mesh=mesh)
-    state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, before={}, log_sizes={})
+    state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, before={}, log_sizes={},
+                 texts=fingerprint([prompt["ids"] for prompt in prompts + heldout]))
     return Run(cfg, rank, world, dtype, mesh, policy, reference, reward_models, rules, truth, axes,
                weights_K, prompts, heldout, make_optimizer(policy, cfg), trained=policy,
                state=state, seconds=defaultdict(float), experience=experience,
                combine=COMBINE[cfg.combine], update=grpo_update, objective=objective)
+
+def fingerprint(ids):
+    """A number by which --resume knows the texts that a run began with."""
+    return hash(tuple(map(tuple, ids)))  # of whole numbers: alike in every process
 
 def axes_of(reward_models, rules):
     """The K names of the columns of `score_responses`."""
@@ -670,12 +685,19 @@ def load_prompts(path, policy, cfg):
     positions, are left out and counted."""
     longest = min(cfg.max_prompt_tokens, positions_of(policy) - cfg.max_new_tokens)
     prompts = []  # all in memory, as token ids
+    spelled = []  # where special tokens are spelled out
     for index, (where, record) in enumerate(read_jsonl(path)):
         messages = conversation(where, record)
         ids = render(policy.tokenizer, messages)
+        tag = record.get("tag")
         if 0 < len(ids) <= longest:
-            prompts.append(dict(record=record, where=where, messages=messages,
-                                tag=record.get("tag"), index=index, ids=ids))
+            prompts.append(dict(record=record, where=where, messages=messages, index=index, ids=ids,
+                                tag=tag if tag is None else str(tag)))
+        if any(policy.tokenizer.specials.search(m["content"]) for m in messages):
+            spelled.append(where)
+    if spelled:
+        warn(f"{len(spelled)} prompts spell out special tokens of the policy, the first at "
+             f"{spelled[0]}: they are read as text. A prompt must not hold its chat template")
     skipped = index + 1 - len(prompts)  # of all records
     if skipped > 0:
         say(f"warning: {skipped} prompts in {path} are empty or longer than {longest} tokens (by "
@@ -690,7 +712,11 @@ def positions_of(model):
     rope = getattr(config, "rope_parameters", None) or {}  # of rotary positions, if it has them
     if rope.get("rope_type") in ("longrope", "dynamic"):
         return rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    for module in model.modules():  # RoBERTa and its kin count from behind the pad token's number
+        if isinstance(module, nn.Embedding) and module.num_embeddings == positions:
+            positions -= 1 + (-1 if module.padding_idx is None else module.padding_idx)
+    return positions
 
 def split_prompts(cfg, policy):
     """Prompts to train on, and those held out."""
@@ -725,42 +751,76 @@ def prompts_of_step(run, step):
 
 SCORED_TOKENS = 16384 if CUDA else 1024  # in one forward; a CPU is faster on rows of one length
 
-def load_reward_model(path, max_tokens=10**9, **head):
+ACTIVATIONS = dict(single_label_classification=partial(torch.softmax, dim=-1),
+                   multi_label_classification=torch.sigmoid, regression=nn.Identity())
+
+def load_reward_model(path, max_tokens=10**9, day="", **head):
     """The library's sequence classifier: a backbone with one linear layer of K outputs, whose
-    sigmoids are the scores. The folder loads anywhere and gives the same scores there. `head`:
-    num_labels, id2label, label2id of a fresh head; none: `path` has a named one. Its attribute
-    `axes` are the K names."""
-    model = load(AutoModelForSequenceClassification, path, **head)
+    sigmoids are the scores, or what the folder's problem_type says. The folder loads anywhere and
+    gives the same scores there. `head`: num_labels, id2label, label2id of a fresh head; none:
+    `path` has a named one. Its attribute `axes` are the K names."""
+    model = load(AutoModelForSequenceClassification, path, day, **head)
     tokenizer = model.tokenizer
-    # The head reads at the last token that is not padding
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config = model.config.get_text_config()
+    if head:
+        config.pad_token_id = tokenizer.pad_token_id
+    model.pad = config.pad_token_id  # see `logits_of`
     # Too long a text loses its beginning: the response stands last
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, positions_of(model))
-    tokenizer.truncation_side = "left"
-    tokenizer.padding_side = "right"  # where stock tools pad, too
     model.axes = [model.config.id2label[k] for k in range(model.config.num_labels)]
     require("LABEL_0" not in model.axes, f"{path}: its id2label does not name the axes")
     check_axes(model.axes, path)
+    model.problem = model.config.problem_type or "multi_label_classification"
+    if not model.config.problem_type and len(model.axes) > 1:
+        warn(f"{path}: its config.json has no problem_type: every axis is a sigmoid")
+    for axis in model.axes:
+        if re.match(r"(un(?=safe)|toxic|harmful|hate|offensive|insult|threat|obscene)", axis, re.I):
+            warn(f"{path}: more {axis!r} counts as better. If it is not: --weights={axis}=0, or a "
+                 "rule of your own")
     return model
 
-def load_reward_models(paths):
+def load_reward_models(paths, day=""):
     """Folders, comma-separated -> frozen reward models, for `shard` to read their weights."""
     paths = paths.split(",") if paths else []
-    return [load_reward_model(path).requires_grad_(False) for path in paths]
+    return [load_reward_model(path, day=day).requires_grad_(False) for path in paths]
+
+def encode(reward_model, texts):
+    """(messages, response) pairs -> lists of token ids. Too long a text loses its beginning, which
+    is told."""
+    tokenizer = reward_model.tokenizer
+    most = tokenizer.model_max_length
+    rows = [render(tokenizer, *text) for text in texts]
+    start = [] if tokenizer.chat_template else frame(tokenizer)[0]
+    cut = [n for n, row in enumerate(rows) if len(row) > most]
+    for n in cut:
+        rows[n] = start + rows[n][len(rows[n]) - most + len(start):]
+    if cut:
+        answers = sum(len(tokenize(tokenizer, texts[n][1])) > most for n in cut)
+        warn(f"{reward_model.name_or_path}: {len(cut)} of {len(texts)} texts have more than {most} "
+             f"tokens: their beginning is cut off, of {answers} that of the answer itself")
+    return rows
 
 def logits_of(reward_model, ids):
-    """Lists of token ids -> logits_NK; padded on the right."""
+    """Lists of token ids -> logits_NK; padded on the right. The head of a decoder reads at the last
+    token that is not the folder's pad token: where it names none, that is one that no text
+    holds."""
+    pad = reward_model.pad
+    if pad is None:
+        held = set().union(*ids)
+        pad = next(token for token in range(reward_model.tokenizer.rows) if token not in held)
+    reward_model.config.get_text_config().pad_token_id = pad
+    reward_model.tokenizer.pad_token_id = pad
     return reward_model(**batch_of(reward_model, ids, "right")).logits.float()
 
 @torch.no_grad()
 def score(reward_model, texts):
-    """scores_NK in [0, 1] (float32, CPU) of N (messages, response) pairs, by a whole or `gathered`
-    model."""
-    ids = [render(reward_model.tokenizer, *text) for text in texts]
+    """scores_NK (float32, CPU; in [0, 1], but for those of a regression) of N (messages, response)
+    pairs, by a whole or `gathered` model."""
+    ids = encode(reward_model, texts)
     scores_NK = torch.zeros(len(texts), len(reward_model.axes))
     for numbers in by_length([len(row) for row in ids], SCORED_TOKENS):
         logits = logits_of(reward_model, [ids[n] for n in numbers])
-        scores_NK[numbers] = logits.sigmoid().cpu()
+        scores_NK[numbers] = ACTIVATIONS[reward_model.problem](logits).cpu()
     return scores_NK
 
 def by_length(lengths, budget):
@@ -895,11 +955,11 @@ def group_metrics(run, scores_PGK, parts_PGK):
 
 CHUNK_LOGITS = 2**27  # logits that exist at a time when responses are scored: 512 MB in float32
 
-def load_policy(path):
+def load_policy(path, day=""):
     """The library's causal model of a folder or hub id, its weights not read yet (see `load`). Its
     attributes: tokenizer, eos (its end tokens), generation (the folder's settings), fast (see
     `choose_way`) and adapted (read at every forward; off, one with LoRA is its own reference)."""
-    policy = load(AutoModelForCausalLM, path)
+    policy = load(AutoModelForCausalLM, path, day)
     policy.fast = False
     policy.adapted = True
     policy.packed_logp = partial(packed_logp, policy)  # FSDP makes it a forward: see `shard`
@@ -911,7 +971,15 @@ def load_policy(path):
     # Instruct models name several end tokens, in several places
     eos = policy.generation.eos_token_id  # a number, a list or nothing
     eos = eos if isinstance(eos, list) else [eos]
-    policy.eos = sorted({*eos, policy.tokenizer.eos_token_id} - {None})
+    eos = {*eos, policy.tokenizer.eos_token_id} - {None}
+    # And some name another one than that by which their template closes a turn (base models)
+    end = turn_end(policy.tokenizer)
+    if end not in (None, *eos):
+        eos.add(end)
+        policy.generation.eos_token_id = sorted(eos)  # others must stop there, too
+        warn(f"{path}: its template closes a turn with {policy.tokenizer.decode([end])!r}, which "
+             "its configs do not name as an end token: it is taken for one, too")
+    policy.eos = sorted(eos)
     return policy
 
 def reference_logp(run, batch):
@@ -1325,7 +1393,6 @@ def open_logs(run):
     """Cut the logs to where the run stands: rows of lost steps go."""
     run.wants_header = True  # above the first line of a table of steps
     run.board = None
-    run.warned = False  # of the sampler's gap
     if IS_FIRST and run.cfg.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -1373,9 +1440,9 @@ def log_step(run, step, metrics):
         for name in LOGS:
             run.state["log_sizes"][name] = os.path.getsize(f"{run.cfg.out_dir}/{name}")
     gap = metrics.get("sampler_gap", 0.0)  # a fork may have no sampler to correct
-    if gap > (0.2 if run.dtype == torch.bfloat16 else 0.05) and not run.warned:
-        run.warned = True  # once
-        say(f"warning: the sampler's log-probs are {gap:.2f} off the trainer's")
+    most = 0.2 if run.dtype == torch.bfloat16 else 0.05
+    if gap > most:
+        warn(f"the sampler's log-probs are more than {most} off the trainer's: see sampler_gap")
     if step % run.cfg.log_interval > 0 and step not in (1, run.cfg.steps):
         return
     left = timedelta(seconds=round(seconds * (run.cfg.steps - step)))  # at this step's speed
@@ -1526,11 +1593,14 @@ def recomputed(forward):
     """`forward`, run again in the backward pass."""
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
-def load(auto_class, path, **head):
+TODAY = datetime.now().date().isoformat()
+
+def load(auto_class, path, day="", **head):
     """An `auto_class` model of a folder or hub id, on the meta device until `shard` or
     `load_weights` reads its weights; its attribute `tokenizer`. `head`: config values of a fresh
-    head. A tokenizer without a pad token pads with its end token, which is safe: padding is told by
-    position everywhere."""
+    head. `day`: which date a chat template tells; a reward model's is that of its training. A
+    policy's tokenizer without a pad token pads with its end token, which is safe: padding is told
+    by position."""
     safe = dict(trust_remote_code=False)  # unset, the library would stop and ask
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
@@ -1542,11 +1612,18 @@ def load(auto_class, path, **head):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     require(tokenizer.pad_token and len(tokenizer) > len(tokenizer.all_special_ids),
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
+    # From the first special token that a text spells out to the last: see `render`
+    words = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    special = "|".join(sorted(words, key=len, reverse=True)) or "(?!)"  # that matches nothing
+    tokenizer.specials = re.compile(f"(?s)({special})(.*({special}))?")
+    tokenizer.rows = getattr(config.get_text_config(), "vocab_size", math.inf)
+    tokenizer.day = datetime.fromisoformat(getattr(config, "day", None) or day or TODAY)
     model.eval()  # no dropout: noise in a score, and rho would differ from 1
     model.auto_class = auto_class  # which reads its weights later
     model.tokenizer = tokenizer
     model.stock_attention = config._attn_implementation
     model.added = {}  # weights that are in no file
+    model.has_fresh_head = bool(head)
     return model
 
 def read_weights(model):
@@ -1559,12 +1636,17 @@ def read_weights(model):
             output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as e:  # somebody else's files fail in any way they like
         die(f"{path}: its weights cannot be loaded: {e}")
-    keys = map(str, info["missing_keys"] | info["mismatched_keys"])
-    conflicts = [key for key in keys if not re.match(r"\W*(score|classifier)\.", key)]  # a new head
     # In the files, but of a layer that the config does not have
-    conflicts += [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
+    conflicts = [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
+    for key in map(str, info["missing_keys"] | info["mismatched_keys"]):
+        if not (model.has_fresh_head and re.match(r"\W*(score|classifier)\.", key)):
+            conflicts.append(key)
     require(not conflicts, f"{path}: its files and config.json do not agree on "
             f"{sorted(conflicts)[:3]}")
+    head = whole.get_output_embeddings()
+    if head and model.config.get_text_config().tie_word_embeddings:
+        require(torch.equal(head.weight, whole.get_input_embeddings().weight), f"{path}: its files "
+                "hold a head of its own, but its config.json has tie_word_embeddings")
     return whole.state_dict() | model.added
 
 def load_weights(model):
@@ -1593,17 +1675,49 @@ def save_folder(model, path, dtype):
             A = whole.pop(f"{name}.lora_A.weight")
             B = whole.pop(f"{name}.lora_B.weight")
             whole[f"{name}.weight"] = whole[f"{name}.weight"] + layer.lora_scale * B @ A
+    if dtype.itemsize < 4:
+        share = share_kept(read_weights(model), whole, dtype)
+        if share < 0.5:  # small steps round away: a weight near 1 moves by 1/256 or not at all
+            say(f"{path}: {dtype} would keep {share:.0%} of the update: saved in float32")
+            dtype = torch.float32
     whole = {name: weight.to(dtype) for name, weight in whole.items()}
     unfinished = f"{path}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished, state_dict=whole)  # names and ties as other tools expect
     model.config.dtype = dtype
     model.config.save_pretrained(unfinished)
+    write_old_names(f"{unfinished}/config.json")
     model.tokenizer.save_pretrained(unfinished)
     if hasattr(model, "generation"):
         model.generation.to_json_file(f"{unfinished}/generation_config.json")
     os.sync()  # on disk, before the name points to it
     put_in_place(path)
+
+def share_kept(before, after, dtype):
+    """Of the way from the weights `before` to those `after`, the share that is left along it when
+    the latter are rounded to a dtype."""
+    along = length = 0.0
+    for name, weight in after.items():
+        start = before[name].float()
+        moved = weight.float() - start
+        rounded = weight.to(dtype).float() - start
+        along += (rounded * moved).sum().item()
+        length += moved.square().sum().item()
+    return along / length if length > 0 else 1.0
+
+def write_old_names(path):
+    """transformers 4 reads rotary frequencies under other names than 5 writes; without them it
+    takes theta = 10,000, and says nothing."""
+    config = json.load(open(path))
+    rope = config.get("rope_parameters") or {}
+    if "full_attention" in rope:  # of Gemma 3, by the kind of layer
+        config["rope_local_base_freq"] = rope.get("sliding_attention", {}).get("rope_theta")
+        rope = rope["full_attention"]
+    if "rope_theta" in rope:
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config["rope_theta"] = rope["rope_theta"]
+        config["rope_scaling"] = None if rope.get("rope_type") == "default" else scaling
+        write_text(path, json.dumps(config, indent=2))
 
 def put_in_place(path):
     """The folder path.tmp, which is whole, becomes `path`."""
@@ -1616,6 +1730,9 @@ def put_in_place(path):
 def trained_tensors(model, optimizer, updates):
     """What training changes, by name: trainable weights and their AdamW moments, which are made as
     0 before the first update. AdamW's bias correction is told the number of updates."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward may have left the root's weights whole, as others
     named = {}
     for name, p in model.named_parameters():
         if p.requires_grad:  # with LoRA the base is not in it
@@ -1637,9 +1754,9 @@ def save_checkpoint(out_dir, model, optimizer, state):
     files = {name: 1 + i // 64 for i, name in enumerate(named)}  # each is made in memory first
     dcp.save(named, storage_writer=dcp.HuggingFaceStorageWriter(
         unfinished, files, save_distributed=True))  # on disk, not in its cache
+    written = sorted(set(sum(collect([os.listdir(unfinished)]), [])))  # as all processes see it
     if IS_FIRST:  # state.json comes last: where it stands, all the rest does
-        count = len(os.listdir(unfinished))
-        write_text(f"{unfinished}/state.json", to_json(state | dict(files=count)))
+        write_text(f"{unfinished}/state.json", to_json(state | dict(files=written)))
     find_checkpoint(out_dir)
 
 def find_checkpoint(out_dir):
@@ -1655,7 +1772,8 @@ def load_checkpoint(out_dir, model, optimizer, state):
     folder = f"{out_dir}/checkpoint"
     try:
         stored = json.load(open(f"{folder}/state.json"))
-        assert stored.pop("files") == len(os.listdir(folder)) - 1, "there are other files in it"
+        missing = [name for name in stored.pop("files") if not os.path.exists(f"{folder}/{name}")]
+        assert not missing, f"without {missing[:3]}"
         named = trained_tensors(model, optimizer, stored["updates"])
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=True)
     except (Exception, dcp.CheckpointException) as e:  # files fail in any way they like
@@ -1707,7 +1825,10 @@ def open_out_dir(cfg, model, optimizer, state):
     lock(cfg.out_dir)
     if cfg.resume:
         require(find_checkpoint(cfg.out_dir), f"--resume: there is no checkpoint in {cfg.out_dir}")
+        texts = state["texts"]
         load_checkpoint(cfg.out_dir, model, optimizer, state)
+        require(texts == state["texts"], f"--resume: {cfg.out_dir} began with other prompts (or "
+                "ratings), or another chat template")
         say(f"resuming {cfg.out_dir} after {state['updates']} updates")
     elif IS_FIRST:
         set_aside(cfg.out_dir)
@@ -1737,43 +1858,101 @@ def read_jsonl(path):
 ROLES = ("system", "user", "assistant")
 
 def conversation(where, record):
-    """The prompt of a record as chat messages: its "messages", or its "prompt" as a user's turn."""
-    messages = record.get("messages", [dict(role="user", content=record.get("prompt"))])
-    try:
-        messages = [dict(role=m["role"], content=m["content"]) for m in messages]  # nothing else
-        assert all(m["role"] in ROLES and m["content"].strip() for m in messages)
-        assert messages[-1]["role"] != "assistant"
-    except Exception:  # anything can stand in a file
-        die(f"{where}: its \"prompt\" (or \"messages\" of a role, one of {', '.join(ROLES)}, and "
-            "content, which end before the assistant's turn) is missing, empty or not text")
-    return messages
+    """The prompt of a record as chat messages: its "messages", or its "prompt", which is a user's
+    text or a list of messages, too. Contents may be lists of text parts."""
+    messages = record.get("messages") or record.get("prompt")  # null is like absent
+    require(messages, f'{where}: "prompt" (or "messages") is missing or empty')
+    if isinstance(messages, str):
+        messages = [dict(role="user", content=messages)]
+    clean = []
+    for message in messages if isinstance(messages, list) else [messages]:
+        require(isinstance(message, dict), f'{where}: a message is not like {{"role": "user", '
+                '"content": "text"}')
+        role = message.get("role")
+        role = "system" if role == "developer" else role
+        require(role in ROLES, f"{where}: a message's role is {role!r}, none of {', '.join(ROLES)}")
+        content = text_of(message.get("content"))
+        require(content, f"{where}: a message's content is empty or not text: {str(message)[:80]}")
+        clean.append(dict(role=role, content=content))
+    require(clean[-1]["role"] != "assistant",
+            f"{where}: the prompt ends with the assistant's turn, so there is nothing to answer")
+    return clean
+
+def text_of(content):
+    """A content's text, which may come in parts; nothing where it is blank, or not all text."""
+    parts = content if isinstance(content, list) else [dict(text=content)]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if all(isinstance(text, str) for text in texts) and "".join(texts).strip():
+        return "".join(texts)
+
+SPELLED = "\ufdd0", "\ufdd1"  # around what is tokenized as text: no characters, so in no text
 
 def render(tokenizer, messages, response=None):
     """A prompt ready for its answer, or prompt and response -> token ids, by the chat template.
     Without one (base models, encoders) it is plain text, with the separator token or line breaks
-    between its parts."""
-    asks = response is None  # then what comes next is the answer's turn
-    if not asks:  # a template closes it with its end token
+    between its parts. A special token that is spelled out in a text stays text: it closes no turn,
+    or a policy could write its own next question."""
+    wants_answer = response is None  # then what comes next is the answer's turn
+    if not wants_answer:  # a template closes it with its end token
         messages = messages + [dict(role="assistant", content=response)]
-    # A special token spelled out in a text is cut out: it must not close a turn, or a policy could
-    # write its own next question
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special:
-            messages = [m | dict(content=m["content"].replace(token.content, " "))
-                        for m in messages]
+    first, last = SPELLED
+    marked = [m | dict(content=tokenizer.specials.sub(rf"{first}\g<0>{last}", m["content"]))
+              for m in messages]
+    start, end = [], []
     if tokenizer.chat_template:
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False,
-                                                 add_generation_prompt=asks)
-        except Exception as e:  # it is a program of its own: no system role, no two user turns
-            die(f"the chat template of {tokenizer.name_or_path} refuses {str(messages)[:60]}: {e}")
+        text = templated(tokenizer, marked, wants_answer)
     else:
         separator = f" {tokenizer.sep_token} " if tokenizer.sep_token else "\n"
-        text = separator.join(m["content"] for m in messages)
-        if asks:
-            text += separator
-    return tokenizer(text, add_special_tokens=not tokenizer.chat_template,
-                     truncation=not asks)["input_ids"]
+        text = separator.join(m["content"] for m in marked) + separator * wants_answer
+        start, end = frame(tokenizer)
+    ids = []
+    for i, piece in enumerate(re.split("|".join(SPELLED), text)):  # spelled ones have odd numbers
+        ids += tokenize(tokenizer, piece, goes_on=i > 0, split_special_tokens=i % 2 == 1)
+    ids = start + ids
+    if not wants_answer:  # an answer never follows an end token
+        ids += end
+    largest = max(ids, default=0)
+    require(largest < tokenizer.rows, f"{tokenizer.name_or_path}: its tokenizer's token "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r} has no row in the model's embedding")
+    return ids
+
+def templated(tokenizer, messages, wants_answer):
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=wants_answer,
+            strftime_now=tokenizer.day.strftime)  # some templates tell the date
+    except Exception as e:  # it is a program of its own: no system role, no two user turns
+        die(f"the chat template of {tokenizer.name_or_path} refuses {str(messages)[:60]}: {e}")
+
+def tokenize(tokenizer, text, goes_on=False, **how):
+    """Token ids of a piece of text. One that goes on must not get the space that some tokenizers
+    put before all texts, so it is read behind a line break."""
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False, **how)["input_ids"]
+
+    if goes_on:
+        before = ids_of("\n")
+        ids = ids_of("\n" + text)
+        if ids[:len(before)] == before:
+            return ids[len(before):]
+    return ids_of(text)
+
+def frame(tokenizer):
+    """The special tokens that a tokenizer puts before a text and behind it."""
+    ids = tokenizer("")["input_ids"]
+    n = int(ids[:1] in ([tokenizer.bos_token_id], [tokenizer.cls_token_id]))
+    return ids[:n], ids[n:]
+
+def turn_end(tokenizer):
+    """The special token that the chat template puts after an answer; None if it puts none."""
+    if not tokenizer.chat_template:
+        return None
+    answer = SPELLED[0]  # in no template
+    turns = [dict(role="user", content="x"), dict(role="assistant", content=answer)]
+    _, found, rest = templated(tokenizer, turns, False).rpartition(answer)
+    ids = tokenize(tokenizer, rest, goes_on=True)
+    if found and ids and ids[0] in tokenizer.all_special_ids:
+        return ids[0]
 
 # --------------------------------------------------------------------------------------------------
 # 4.10 Errors, the terminal, flags
@@ -1847,6 +2026,14 @@ def is_number(x):
     spelling = r"\s*[-+]?(\d{1,20}\.?\d*|\.\d+)(e[-+]?\d\d?)?\s*"  # too short for infinity
     return re.fullmatch(spelling, str(x), re.I)
 
+WARNINGS = set()
+
+def warn(message):
+    """Say it the first time."""
+    if message not in WARNINGS:
+        WARNINGS.add(message)
+        say(f"warning: {message}")
+
 def say(message):
     """Print once, not once a process, and without tearing a progress bar."""
     if IS_FIRST:
@@ -1865,6 +2052,10 @@ def check_flags(cfg):
             least = 1e-12 if name in POSITIVE else 0
             require(least <= value < 1e12, f"--{name}={value}: must not be negative, nor 0 where "
                     "that is senseless, nor huge")
+    try:
+        datetime.fromisoformat(cfg.day)
+    except ValueError:
+        die(f"--day={cfg.day}: expected a date like {TODAY}")
     require(cfg.group_size > 1, f"--group_size={cfg.group_size}: a group of one teaches nothing; "
             "take at least 2")
 

@@ -35,10 +35,10 @@ from torch import nn
 from tqdm import tqdm
 
 from mogrpo import (
-    DEVICE, Dtype, axes_of, catch_signals, check_axes, collect, conversation, heed_signals,
-    is_held_out, is_number, join_world, launch, load_reward_model, load_reward_models, logits_of,
-    open_out_dir, put_in_place, read_jsonl, render, require, save_checkpoint, save_folder, say,
-    score, score_responses, set_threads, shard, stop_asked, to_json, write_text)
+    DEVICE, TODAY, Dtype, axes_of, catch_signals, check_axes, collect, conversation, encode,
+    fingerprint, heed_signals, is_held_out, is_number, join_world, launch, load_reward_model,
+    load_reward_models, logits_of, open_out_dir, put_in_place, read_jsonl, require, save_checkpoint,
+    save_folder, say, score, score_responses, set_threads, shard, stop_asked, to_json, write_text)
 
 @dataclasses.dataclass
 class Config:
@@ -59,6 +59,7 @@ class Config:
     save_interval: int = 500    # checkpoint every so many steps: no more of them can be lost
     resume: bool = False        # continue from out_dir/checkpoint
     seed: int = 0               # fresh head, order of the rows, held-out split
+    day: str = ""               # YYYY-MM-DD that chat templates tell; empty: that of the start
     score: str = ""             # do not train: score this JSONL of prompts and responses
     reward_model: str = "out/rm"  # the folder that --score uses
     out: str = "scored.jsonl"   # where --score writes the same rows with "scores"
@@ -68,6 +69,7 @@ class Config:
             "epochs", "batch_size", "max_tokens", "seed")
 
     def __post_init__(self):
+        self.day = self.day or TODAY
         low, _, high = self.scale.partition(",")
         require(is_number(low) and is_number(high) and float(low) < float(high),
                 f"--scale={self.scale}: expected lowest,highest as in 0,4")
@@ -117,7 +119,9 @@ def read_ratings(paths, asked, scale):
     for path in paths.split(","):
         for where, record in read_jsonl(path):
             # Without "scores" any field may be one, if it was asked for by name.
-            scores = record.get("scores", record if asked else {})
+            scores = record.get("scores")
+            if scores is None:  # null is like absent
+                scores = record if asked else {}
             require(isinstance(scores, dict), f'{where}: "scores" must be like {{"safety": 0.9}}')
             rated = {k: scores[k] for k in asked or scores if scores.get(k) is not None}
             for axis, s in rated.items():
@@ -220,11 +224,12 @@ def train(cfg, rank, world, dtype):
         id2label=dict(enumerate(axes)),
         label2id={axis: k for k, axis in enumerate(axes)},
         problem_type="multi_label_classification")  # the stock pipeline then takes sigmoids, too
-    model = load_reward_model(cfg.backbone, cfg.max_tokens, **head)
+    model = load_reward_model(cfg.backbone, cfg.max_tokens, cfg.day, **head)
+    model.config.day = cfg.day  # that its chat template told: `load` reads it
     set_threads(model)
     shard(model, dtype, "auto")
     optimizer = make_optimizer(model, cfg)
-    ids = [render(model.tokenizer, *row) for row in rows]
+    ids = encode(model, rows)
     lengths_N = torch.tensor(list(map(len, ids)))
     # Each axis counts as the mean over its own rated rows: a mean over all labels would let the
     # densest axis decide.
@@ -235,7 +240,8 @@ def train(cfg, rank, world, dtype):
     per_epoch = len(rows) // batch_size
     steps = cfg.epochs * per_epoch
     # Batches are functions of (seed, epoch): the count of steps says where a run stood.
-    state = dict(step=0, updates=0, sound=-1, table={}, r2=-1e9)  # table: the best one's
+    state = dict(step=0, updates=0, sound=-1, table={}, r2=-1e9,  # table, r2: the best one's
+                 texts=fingerprint(ids))
     open_out_dir(cfg, model, optimizer, state)
     catch_signals()
     for epoch in range(state["step"] // per_epoch, cfg.epochs):

@@ -630,7 +630,7 @@ def test_group_metrics_by_hand():
         "std/z": 0,
         "zero_std/x": 0,
         "zero_std/y": 0.5,
-        "zero_std/z": 0.5,
+        "zero_std/z": 1,  # one group of two has no score
         "share/x": (0.5 / 0.499 + 0.5 / 0.1) / 2,
         "share/y": (-0.001 / 0.499 - 0.4 / 0.1) / 2,
         "share/z": 0,

@@ -149,11 +149,11 @@ def flops(name, shapes):
 
 def policy_of(config, dtype, device):
     """A policy of a config alone."""
-    def load(auto_class, path):
+    def load(auto_class, path, day):
         with torch.device(device):
             model = auto_class.from_config(config, dtype=dtype)
         model.stock_attention = config._attn_implementation
-        model.tokenizer = SimpleNamespace(eos_token_id=0)
+        model.tokenizer = SimpleNamespace(eos_token_id=0, chat_template=None)
         model.added = {}
         return model
 
