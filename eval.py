@@ -9,20 +9,24 @@ Policies side by side: each answers the same held-out prompts, and the answers a
     python eval.py --curves=out/mogrpo,out/another                              # runs over steps
 
 The first policy is the baseline that the others are compared with. For a prompt q and one measure,
-x_q is the mean over a policy's samples and b_q that over the baseline's:
+x_qs is that of a policy's sample s, b_qs of the baseline's, and x_q, b_q are means over samples:
 
-    mean = mean_q x_q        gain = mean_q (x_q - b_q)        wins = share of x_q > b_q, ties half
+    mean = mean_q x_q        gain = mean_q (x_q - b_q)
+    wins = mean_q of the share of pairs, any sample against any, with x_qs > b_qr; ties half
 
-The 95 % intervals are a bootstrap over prompts: 2,000 times as many prompts are drawn with
-replacement, and between the 2.5th and the 97.5th percentile of what they give is the interval,
-widened for few prompts as Student's t is (`python -m bench.intervals` checks that it covers the
-truth). The unit is the prompt, since answers to one prompt are not independent. All policies draw
-the same random numbers for the same (prompt, sample), and what a prompt adds to both cancels in the
-difference, so a gain is far surer than two separate means.
+The 95 % intervals of mean and gain are a bootstrap over clusters of prompts: variants of one prompt
+are not independent, so lines of the prompts file with the same "cluster" are drawn together, and a
+line without one is alone. 2,000 times as many clusters are drawn with replacement, and between the
+2.5th and the 97.5th percentile of what they give is the interval, widened for few clusters as
+Student's t is. Shares (wins, refusals) have Agresti and Coull's interval, which keeps a width near
+0 and 1. `python -m bench.intervals` checks that they cover the truth. All policies draw the same
+random numbers for the same (prompt, sample), and what a prompt adds to both cancels in the
+difference, so a gain is far surer than two separate means. A prompt on which an axis has nothing to
+say about some policy is left out for that axis.
 
 Measures: every axis of the reward models and rules; "true ..." by --truth; and of the text itself
-    refuses      share of answers that say within 200 characters that they cannot, will not or are
-                 sorry (REFUSES, below). On prompts tagged harmless that is over-refusal
+    refuses      share of answers that refuse within 200 characters, by their words (REFUSES, below,
+                 and how far it is right). On prompts tagged harmless that is over-refusal
     distinct-2   different pairs of neighbouring words over all such pairs, in a prompt's answers
     tokens       length
 
@@ -37,12 +41,12 @@ answers in blind.html, a page to vote on in any browser, and in blind.csv, the s
 spreadsheet; which side is whose stands in blind_key.json alone. --votes reads the votes of both:
 wins with an interval, and how far raters agree. Without reward model and rules it only samples.
 """
+import gc
 import json
 import math
 import os
 import re
 from dataclasses import asdict, dataclass
-from statistics import fmean
 from types import SimpleNamespace
 
 import torch
@@ -109,36 +113,69 @@ def folders(policies):
     return paths
 
 # --------------------------------------------------------------------------------------------------
-# 1. Statistics. P: prompts (or pairs), R: draws of the bootstrap
+# 1. Statistics. P: prompts, C: clusters of them, R: draws of the bootstrap, S: samples of a prompt
 
-def interval(x_P):
-    """Mean of x and its 95 % interval, a percentile bootstrap; nan for a single value."""
-    P = len(x_P)
+def cluster_sums(x_P, cluster_P):
+    """Sum of x over each cluster's prompts, and how many these are; no clusters: each by itself."""
+    if cluster_P is None:
+        return x_P, torch.ones_like(x_P)
+    sizes_C = cluster_P.bincount().to(x_P.dtype)
+    return torch.zeros_like(sizes_C).index_add(0, cluster_P, x_P), sizes_C
+
+def interval(x_P, cluster_P=None):
+    """Mean of x and its 95 % interval, a percentile bootstrap; nan for a single cluster."""
+    sums_C, sizes_C = cluster_sums(x_P, cluster_P)
+    C = len(sums_C)
     mean = x_P.mean().item()
-    if P == 1:
+    if C == 1:
         return mean, math.nan, math.nan
     same = torch.Generator().manual_seed(0)  # draws, whatever is measured
-    means_R = x_P[torch.randint(P, (2000, P), generator=same)].mean(1)
+    drawn_RC = torch.randint(C, (2000, C), generator=same)
+    means_R = sums_C[drawn_RC].sum(1) / sizes_C[drawn_RC].sum(1)
     ends = means_R.quantile(torch.tensor([0.025, 0.975], dtype=x_P.dtype))
-    # It is too narrow for few prompts: by N for N - 1 in the variance, and by Student's t, which is
-    # about 1 + 1.2 / P times the normal's (Hesterberg 2015, "expanded percentile interval")
-    widened = (P / (P - 1))**0.5 * (1 + 1.2 / P)
+    # It is too narrow for few clusters: by C for C - 1 in the variance, and by Student's t, which
+    # is about 1 + 1.2 / C times the normal's (Hesterberg 2015, "expanded percentile interval")
+    widened = (C / (C - 1))**0.5 * (1 + 1.2 / C)
     low, high = (mean + widened * (ends - mean)).tolist()
     return mean, low, high
 
-def compare(x_P, base_P):
+def share_interval(x_P, cluster_P=None):
+    """The same for shares, x in [0, 1]. Two clusters of ones and two of zeros are added to those
+    that there are (Agresti and Coull 1998), so that "always" is not taken for certain."""
+    sums_C, sizes_C = cluster_sums(x_P, cluster_P)
+    added = 1.96**2 / 2  # of each
+    C = len(sums_C) + 2 * added
+    size = sizes_C.mean()
+    middle = (sums_C.sum() / size + added) / C
+    error_C = (sums_C - middle * sizes_C) / size
+    squares = error_C.square().sum() + added * (middle**2 + (1 - middle)**2)
+    half = 1.96 * squares.sqrt() / C
+    low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=1)
+    return x_P.mean().item(), low.item(), high.item()
+
+def compare(x_PS, base_PS, cluster_P=None, is_score=True):
     """One measure of a policy against the baseline's -> dict of mean, gain and win, each
-    (value, low, high)."""
-    gain_P = x_P - base_P  # paired: what a prompt adds to both cancels
-    gain_P[gain_P.abs() < 1e-6] = 0.0  # a tie but for rounding
-    return dict(mean=interval(x_P), gain=interval(gain_P), win=interval(gain_P.sign() / 2 + 0.5))
+    (value, low, high). Nobody wins by refusing more or writing longer: win is None then."""
+    x_P = x_PS.nanmean(1)
+    gain_P = x_P - base_PS.nanmean(1)  # paired: what a prompt adds to both cancels
+    gain_PSS = x_PS[:, :, None] - base_PS[:, None]
+    gain_PSS[gain_PSS.abs() < 1e-6] = 0.0  # a tie but for rounding
+    win_PSS = (gain_PSS.sign() / 2 + 0.5).where(gain_PSS.isfinite(), math.nan)
+    win_P = win_PSS.nanmean((1, 2))
+    return dict(mean=interval(x_P, cluster_P), gain=interval(gain_P, cluster_P),
+                win=share_interval(win_P, cluster_P) if is_score else None)
 
 # --------------------------------------------------------------------------------------------------
 # 2. Answers
 
-REFUSES = re.compile(r"\bi(['’]m| am) (very |so |truly )?(sorry|unable|not able)|\bas an ai\b"
-                     r"|\bi (can ?not|can['’]t|won['’]t|will not|must (decline|refuse))\b",
-                     re.I)
+# Tried on 2,250 answers of five models to XSTest's prompts that people have labelled (final_label
+# of paul-rottger/exaggerated-safety): of what it finds 97 % are full refusals, not full compliance,
+# and it finds 82 % of these; the others argue with the question instead
+REFUSES = re.compile(r"""
+    \b(i|we)\ (can\ ?not|can['’]t|will\ not|won['’]t|refuse|must\ (refuse|decline))\b (?!\ wait)
+    | \bi(['’]m|\ am)\ (unable | not\ (able|going|willing) | (\w+\ )?sorry\b (?!\ (to|for|you)))
+    | ^\W*sorry\b | \bi\ apologi[sz]e\b (?!\ for)
+    | (['’]s|\bis)\ not\ (appropriate|ethical|something)""", re.I | re.X)
 
 def distinct_2(texts):
     """Different pairs of neighbouring words over all such pairs; 1 where there are none."""
@@ -148,9 +185,16 @@ def distinct_2(texts):
         pairs += zip(words, words[1:])
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
-def answers_of(run, cfg):
-    """The answers of run.policy to the prompts that it can read -> {prompt index: S samples}, dicts
+def answers_of(run, path, mesh, dtype):
+    """The answers of a policy to the prompts that it can read -> {prompt index: S samples}, dicts
     as in samples.jsonl. All processes call it, each answers its share, all get the whole."""
+    cfg = run.cfg
+    run.policy = None
+    gc.collect()  # the policy before: its hooks refer to it, and only one is to be in memory
+    run.policy = load_policy(path).requires_grad_(False)
+    mogrpo.set_threads(run.policy)
+    shard(run.policy, dtype, mesh=mesh)
+    mogrpo.choose_way(run.policy, cfg)
     # Each policy has its own tokenizer and chat template, so the same prompt has its own ids
     run.heldout = mogrpo.load_prompts(cfg.prompts, run.policy, cfg)
     # The random numbers are the same for every policy
@@ -162,6 +206,7 @@ def answers_of(run, cfg):
         sample = dict(
             messages=prompt["messages"],
             tag=prompt["tag"],
+            cluster=prompt["record"].get("cluster"),
             response=row["text"],
             tokens=len(row["response"]),
             scores=dict(zip(axes, scores_E)),
@@ -169,40 +214,59 @@ def answers_of(run, cfg):
         answers.setdefault(prompt["index"], []).append(sample)
     return dict(collect(list(answers.items())))
 
-def prompt_means(samples):
-    """The S samples of a prompt -> {measure: their mean}."""
-    means = {}
+def measures_of(samples):
+    """The S samples of a prompt -> {measure: its value for each of them}."""
+    values = {}
     for axis in samples[0]["scores"]:
-        means[axis] = fmean(sample["scores"][axis] for sample in samples)
+        values[axis] = [sample["scores"][axis] for sample in samples]
     texts = [sample["response"] for sample in samples]
-    means["refuses"] = fmean(bool(REFUSES.search(text[:200])) for text in texts)
-    means["tokens"] = fmean(sample["tokens"] for sample in samples)
-    means["distinct-2"] = distinct_2(texts)
-    return means
+    values["refuses"] = [float(bool(REFUSES.search(text[:200]))) for text in texts]
+    values["tokens"] = [float(sample["tokens"]) for sample in samples]
+    values["distinct-2"] = [distinct_2(texts)]  # of all together
+    return values
 
 # --------------------------------------------------------------------------------------------------
 # 3. The table, {measure: {policy: dict of `compare`}}
 
+def clusters_of(samples_of, prompts):
+    """Number of each prompt's cluster -> cluster_P."""
+    names = []
+    for i in prompts:
+        cluster = samples_of[i][0]["cluster"]
+        names.append(repr((i, None) if cluster is None else cluster))  # without one: by itself
+    number_of = {name: n for n, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([number_of[name] for name in names])
+
 def table_of(answers, prompts):
     """{policy: {prompt: samples}} -> table over some of the prompts; the first is the baseline."""
-    columns = {}  # by measure, by policy: x_P
+    columns = {}  # by measure, by policy: x_PS
     for policy, samples_of in answers.items():
-        means_P = [prompt_means(samples_of[i]) for i in prompts]
-        for measure in means_P[0]:
-            x_P = torch.tensor([means[measure] for means in means_P], dtype=torch.float64)
-            columns.setdefault(measure, {})[policy] = x_P
+        values_P = [measures_of(samples_of[i]) for i in prompts]
+        for measure in values_P[0]:
+            x_PS = torch.tensor([values[measure] for values in values_P], dtype=torch.float64)
+            columns.setdefault(measure, {})[policy] = x_PS
     table = {}
     for measure, x_of in columns.items():
-        base_P = next(iter(x_of.values()))
-        table[measure] = {policy: compare(x_P, base_P) for policy, x_P in x_of.items()}
+        means = torch.stack([x_PS.nanmean(1) for x_PS in x_of.values()])
+        rated = means.isfinite().all(0).nonzero().squeeze(1)  # for all policies
+        if len(rated) > 0:
+            base_PS = next(iter(x_of.values()))[rated]
+            cluster_P = clusters_of(samples_of, [prompts[i] for i in rated])
+            is_score = measure in samples_of[prompts[0]][0]["scores"]
+            table[measure] = {policy: compare(x_PS[rated], base_PS, cluster_P, is_score)
+                              for policy, x_PS in x_of.items()}
+    if "refuses" in table:
+        for policy, x_PS in columns["refuses"].items():
+            cluster_P = clusters_of(samples_of, prompts)
+            table["refuses"][policy]["mean"] = share_interval(x_PS.mean(1), cluster_P)
     return table
 
 def table_lines(table, circular):
     """A table in Markdown, aligned for the terminal; circular axes get a *."""
     lines = [
         "| measure              | policy     |   mean | 95 %           "
-        "|    gain | 95 %             | wins |",
-        "|---|---|--:|---|--:|---|--:|",
+        "|    gain | 95 %             | wins | 95 %         |",
+        "|---|---|--:|---|--:|---|--:|---|",
     ]
     for measure, by_policy in table.items():
         heading = measure + "*" * (measure in circular)  # once, before the baseline
@@ -211,7 +275,10 @@ def table_lines(table, circular):
             line = f"| {heading:20} | {policy:10} | {mean:6.3f} | {low:.3f} to {high:.3f} |"
             if heading == "":
                 gain, low, high = r["gain"]
-                line += f" {gain:+7.3f} | {low:+.3f} to {high:+.3f} | {r['win'][0]:4.0%} |"
+                line += f" {gain:+7.3f} | {low:+.3f} to {high:+.3f} |"
+                if r["win"]:
+                    win, low, high = r["win"]
+                    line += f" {win:4.0%} | {low:.0%} to {high:.0%} |"
             lines.append(line)
             heading = ""
     return lines
@@ -219,7 +286,8 @@ def table_lines(table, circular):
 def worst_lines(samples, axis):
     """The ten samples that score lowest on an axis."""
     lines = ["", f"## Lowest on {axis}", ""]
-    for sample in sorted(samples, key=lambda sample: sample["scores"][axis])[:10]:
+    scored = [sample for sample in samples if math.isfinite(sample["scores"][axis])]
+    for sample in sorted(scored, key=lambda sample: sample["scores"][axis])[:10]:
         asked = mogrpo.to_json(sample["messages"][-1]["content"])  # in one line
         text = mogrpo.to_json(sample["response"])
         lines.append(f"- {sample['scores'][axis]:.3f} `{asked[:200]}` `{text[:400]}`")
@@ -252,7 +320,7 @@ def trained_with(path):
 def main(cfg):
     """Every process calls it."""
     if cfg.votes:
-        votes.tally(cfg.out_dir, cfg.votes, interval)
+        votes.tally(cfg.out_dir, cfg.votes, share_interval)
     elif cfg.curves:
         from assets import pictures
         pictures.curves(cfg.curves.split(","), cfg.out_dir)
@@ -273,21 +341,18 @@ def evaluate(cfg):
     run.truth = mogrpo.load_rules(cfg.truth, dict(record=record))
     run.reward_models = mogrpo.load_reward_models(cfg.reward_model)
     path_of = named_axes(cfg.reward_model, run.reward_models, run.rules)
+    mesh = mogrpo.device_mesh()
     for reward_model in run.reward_models:
-        shard(reward_model, dtype)
+        shard(reward_model, dtype, mesh=mesh)
     run.axes = list(path_of)
 
-    # 2. Every policy answers every prompt; only one policy is in memory at a time
+    # 2. Every policy answers every prompt
     answers = {}
     mogrpo.catch_signals()
     try:
         for name, path in paths.items():
             say(f"{name}: {path} answers and is scored")
-            run.policy = load_policy(path).requires_grad_(False)
-            mogrpo.set_threads(run.policy)
-            shard(run.policy, dtype)
-            mogrpo.choose_way(run.policy, cfg)
-            answers[name] = answers_of(run, cfg)
+            answers[name] = answers_of(run, path, mesh, dtype)
     except mogrpo.Stopped:  # by a signal: the policies that are through are compared
         require(answers, "stopped before the first policy was through: there is nothing to keep")
 
@@ -303,7 +368,9 @@ def evaluate(cfg):
     for tag in dict.fromkeys(["all", *tags.values()]):
         prompts = [i for i in common if tag in ("all", tags[i])]
         tables[tag] = table_of(answers, prompts)
-        lines += ["", f"## {tag}: {len(prompts)} prompts x {cfg.eval_samples} answers", ""]
+        clusters = len(clusters_of(first, prompts).unique())
+        lines += ["", f"## {tag}: {len(prompts)} prompts ({clusters} clusters) x "
+                  f"{cfg.eval_samples} answers", ""]
         lines += table_lines(tables[tag], circular)
     if circular:
         lines += ["", "\\* by a reward model that a policy here was trained to please: circular"]

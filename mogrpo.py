@@ -732,8 +732,10 @@ def split_prompts(cfg, policy):
     return kept, heldout
 
 def is_held_out(messages, fraction, seed):
-    """Split by a hash of the prompt: its rows fall on one side, whatever the order of the file."""
-    return random.Random(repr((seed, messages))).random() < fraction
+    """Split by a hash of the last user's words: all that share them fall on one side, whatever the
+    order of the file, the system message, spaces or capitals."""
+    words = " ".join(messages[-1]["content"].lower().split())
+    return random.Random(repr((seed, [dict(role="user", content=words)]))).random() < fraction
 
 def prompts_of_step(run, step):
     """This process's prompts of a step. Each pass over the data has an order of its own, from the

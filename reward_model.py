@@ -27,7 +27,10 @@ import dataclasses
 import json
 import math
 import os
+import time
+from datetime import timedelta
 from itertools import compress
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -215,6 +218,14 @@ def backward(model, batch, ids, labels_NK, axis_weights_K, cfg, rank, world):
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a fresh head's first are large
     return norm.full_tensor().item()
 
+def tell_progress(clock, step, steps):
+    """A line every half a minute: a log that is no terminal shows no bar."""
+    now = time.monotonic()
+    if now > clock.told + 30:
+        clock.told = now
+        seconds = (now - clock.start) / (step - clock.first) * (steps - step)
+        say(f"step {step} of {steps}, {timedelta(seconds=round(seconds))} left")
+
 def train(cfg, rank, world, dtype):
     """Fit a reward model to `cfg.ratings` and save it in `cfg.out_dir` -> its held-out table.
     Every process calls it, with what `join_world` gave it."""
@@ -244,12 +255,14 @@ def train(cfg, rank, world, dtype):
                  texts=fingerprint(ids))
     open_out_dir(cfg, model, optimizer, state)
     catch_signals()
+    clock = SimpleNamespace(first=state["step"], start=time.monotonic(), told=time.monotonic())
     for epoch in range(state["step"] // per_epoch, cfg.epochs):
         batches = epoch_batches(lengths_N, batch_size, cfg.seed * 1000 + epoch)
         left = batches[state["step"] % per_epoch:]  # a resumed run has done some
         title = f"epoch {epoch + 1} of {cfg.epochs}"
         for batch in tqdm(left, title, disable=rank > 0 or None, leave=False):
             step = state["step"]
+            tell_progress(clock, step, steps)
             if stop_asked() or step % cfg.save_interval == 0:  # at 0: a full disk shows at once
                 say(f"step {step} of {steps}")
                 save_checkpoint(cfg.out_dir, model, optimizer, state)
@@ -292,27 +305,44 @@ def roc_auc(scores_N, labels_N):
     gap = rank_N[good_N].mean() - rank_N[~good_N].mean()
     return 0.5 + gap.item() / len(rank_N)  # the gap is N / 2 if all good ones are above the others
 
-def pair_accuracy(scores_N, labels_N, rows):
-    """How often the better of two answers to one prompt scores higher; equal scores count half."""
-    answers = {}  # row numbers by prompt
-    for i, (messages, _) in enumerate(rows):
-        answers.setdefault(repr(messages), []).append(i)
+def pair_accuracy(scores_N, labels_N, prompt_N):
+    """How often the better of two answers to one prompt scores higher, equal scores counting half;
+    and the number of such pairs. Labels that differ by 0.25 or less are taken for rater noise."""
     wins = []
-    for same in answers.values():
-        better = labels_N[same, None] > labels_N[same]  # each pair of different labels once
+    for prompt in prompt_N.unique():
+        same = prompt_N == prompt
+        better = labels_N[same, None] > labels_N[same] + 0.25  # each pair once
         score_gap = scores_N[same, None] - scores_N[same]
         wins += (score_gap[better].sign() / 2 + 0.5).tolist()
-    return torch.tensor(wins).mean().item()
+    return torch.tensor(wins).mean().item(), len(wins)
+
+def spearman_interval(a_N, b_N, prompt_N):
+    """95 % interval of the correlation of two lists of ranks: a bootstrap over prompts, since two
+    answers to one prompt are not independent."""
+    def correlation_of(sums_R6):  # of 1, a, b, aa, bb, ab
+        a, b, aa, bb, ab = (sums_R6[:, 1:] / sums_R6[:, :1]).T
+        return (ab - a * b) / ((aa - a * a) * (bb - b * b)).sqrt()
+
+    a_N, b_N = a_N.double(), b_N.double()
+    products_N6 = torch.stack([torch.ones_like(a_N), a_N, b_N, a_N**2, b_N**2, a_N * b_N], 1)
+    sums_Q6 = torch.zeros(int(prompt_N.max()) + 1, 6).double().index_add(0, prompt_N, products_N6)
+    drawn_RQ = torch.randint(len(sums_Q6), (1000, len(sums_Q6)),
+                             generator=torch.Generator().manual_seed(0))
+    sums_R6 = torch.stack([sums_Q6[drawn_Q].sum(0) for drawn_Q in drawn_RQ])
+    return correlation_of(sums_R6).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 def axis_row(scores_N, labels_N, rows):
     """The table's row of one axis, from the rows that rate it."""
-    rho = correlation(ranks(scores_N), ranks(labels_N))
-    # 1.96 standard errors: atanh(rho) has 1.03 / sqrt(n - 3) (Fieller et al. 1957)
-    margin = 2.02 * (1 - rho**2) / max(1, len(rows) - 3)**0.5
+    prompts = [repr(messages) for messages, _ in rows]
+    number_of = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
+    prompt_N = torch.tensor([number_of[prompt] for prompt in prompts])
+    low, high = spearman_interval(ranks(scores_N), ranks(labels_N), prompt_N)
+    pairs, count = pair_accuracy(scores_N, labels_N, prompt_N)
     variance = labels_N.var(correction=0).item() or math.nan  # 0: nothing to explain
     lengths_N = torch.tensor([len(response) for _, response in rows]).double()  # characters
     return {
         "n": len(rows),
+        "prompts": len(number_of),
         "label": labels_N.mean().item(),
         "label_sd": labels_N.std(correction=0).item(),
         "score": scores_N.mean().item(),
@@ -320,11 +350,12 @@ def axis_row(scores_N, labels_N, rows):
         # share of the labels' variance explained; 0: no better than guessing their mean
         "r2": 1 - ((scores_N - labels_N)**2).mean().item() / variance,
         "pearson": correlation(scores_N, labels_N),
-        "spearman": rho,
-        "low": rho - margin,  # spearman's 95 % interval
-        "high": rho + margin,
+        "spearman": correlation(ranks(scores_N), ranks(labels_N)),
+        "low": low,  # spearman's 95 % interval
+        "high": high,
         "auc": roc_auc(scores_N, labels_N),
-        "pairs": pair_accuracy(scores_N, labels_N, rows),  # all that GRPO asks of a reward
+        "pairs": pairs,  # all that GRPO asks of a reward
+        "n_pairs": count,
         "length": correlation(scores_N, lengths_N)}  # a favourite way to be hacked
 
 def heldout_table(scores, labels, rows, axes):
@@ -339,12 +370,12 @@ def heldout_table(scores, labels, rows, axes):
 
 def show(table):
     """Print the table; a dash: too few rows, or all the same."""
-    names = list(next(iter(table.values())))[1:]  # all after "n"
-    say(f"\n{'held out':<15}{'n':>9}" + "".join(f"{name:>9}" for name in names))
+    names = list(next(iter(table.values())))
+    say(f"\n{'held out':<15}" + "".join(f"{name:>9}" for name in names))
     for axis, row in table.items():
-        line = f"{axis:<15}{row['n']:>9}"
-        for name in names:
-            cell = "-" if row[name] is None else f"{row[name]:.3f}"
+        line = f"{axis:<15}"
+        for number in row.values():
+            cell = f"{number:.3f}" if isinstance(number, float) else number or "-"
             line += f"{cell:>9}"
         say(line)
 

@@ -1121,10 +1121,11 @@ def test_heldout_table_against_plain_arithmetic():
     table = rm.heldout_table(scores.T, labels.T, rows, ["kind", "safe"])
     variance = 0.38 / 3  # times 3: 0.53 - 1.1**2 / 3, of 0.1 0.6 0.4
     rho = 2.5 / sqrt(9 * 7.5)  # ranks 1.5 3.5 1.5 5 3.5 against 1.5 4 4 4 1.5
-    margin = 2.02 * (1 - rho**2) / sqrt(5 - 3)
     expected = dict(
         kind=dict(
             n=3,
+            prompts=1,
+            n_pairs=3,
             pairs=2 / 3,  # 0.6 is rated below 0.4's answer
             r2=1 - 0.38 / 0.5,  # 0.01 + 0.01 + 0.36
             pearson=0.15 / sqrt(variance * 0.5),
@@ -1133,16 +1134,31 @@ def test_heldout_table_against_plain_arithmetic():
         ),
         safe=dict(
             n=5,
+            prompts=2,
+            n_pairs=3,
             pairs=2.5 / 3,  # one tie
             spearman=rho,
-            low=rho - margin,
-            high=rho + margin,
             auc=4 / 6,  # two ties
             length=-1,
         ),
     )
     for axis, numbers in expected.items():
         assert table[axis] == approx(table[axis] | numbers)
+    noise = rm.heldout_table(scores.T, labels.T / 4, rows, ["kind", "safe"])
+    assert noise["safe"]["n_pairs"] == 0  # ratings 0.25 apart
+
+def test_spearman_interval_is_over_prompts():
+    """Fieller's where each prompt has one answer; the same where each has four that are alike."""
+    a_N = torch.randn(400).double()
+    b_N = a_N + torch.randn(400)
+    prompt_N = torch.arange(400)
+    a_N, b_N = rm.ranks(a_N), rm.ranks(b_N)
+    rho = rm.correlation(a_N, b_N)
+    margin = 2.02 * (1 - rho**2) / sqrt(400 - 3)
+    low, high = rm.spearman_interval(a_N, b_N, prompt_N)
+    assert (high - low) / 2 == approx(margin, rel=0.15) and low < rho < high
+    fourfold = [x.repeat(4) for x in (a_N, b_N, prompt_N)]
+    assert rm.spearman_interval(*fourfold) == approx([low, high])
 
 
 # ==================================================================================================
@@ -1452,11 +1468,12 @@ def test_sweep(flags, monkeypatch):
 # eval.py
 
 def test_compare_against_plain_arithmetic():
-    x_P = tensor([0.5, 0.7, 0.9, 0.4]).double()
-    base_P = tensor([0.4, 0.7, 0.5, 0.6]).double()
-    middle = {name: value for name, (value, _, _) in evaluation.compare(x_P, base_P).items()}
-    assert middle == approx(dict(mean=0.625, gain=0.075, win=2.5 / 4))
-    alone = evaluation.interval(x_P[:1])
+    x_PS = tensor([[0.4, 0.6], [0.7, 0.7], [0.9, nan], [0.4, 0.4]]).double()
+    base_PS = tensor([[0.4, 0.4], [0.7, 0.7], [0.5, 0.5], [0.6, 0.6]]).double()
+    middle = {name: value for name, (value, _, _) in evaluation.compare(x_PS, base_PS).items()}
+    assert middle == approx(dict(mean=0.625, gain=0.075, win=(0.75 + 0.5 + 1 + 0) / 4))
+    assert evaluation.compare(x_PS, base_PS, is_score=False)["win"] is None
+    alone = evaluation.interval(x_PS[:1, 0])
     assert math.isnan(alone[1]) and math.isnan(alone[2])
 
 def test_interval_is_the_normal_one_of_many_prompts():
@@ -1464,23 +1481,38 @@ def test_interval_is_the_normal_one_of_many_prompts():
     for P, students in ((400, 1.966), (10, 2.262)):
         x_P = torch.randn(P).double()
         half = students * x_P.std().item() / sqrt(P)
-        mean, low, high = evaluation.interval(x_P)
-        assert (high - low) / 2 == approx(half, rel=0.06)
-        assert (high + low) / 2 == approx(mean, abs=half / 4)
+        fourfold = (x_P.repeat(4), torch.arange(P).repeat(4))  # each value a cluster of four
+        for mean, low, high in (evaluation.interval(x_P), evaluation.interval(*fourfold)):
+            assert (high - low) / 2 == approx(half, rel=0.06)
+            assert (high + low) / 2 == approx(mean, abs=half / 4)
+
+@cases("ones, P", ((0, 10), (3, 10), (40, 400)))
+def test_interval_of_shares(ones, P):
+    """Agresti and Coull's; never without a width."""
+    x_P = tensor([1.0] * ones + [0.0] * (P - ones)).double()
+    p = (ones + 1.96**2 / 2) / (P + 1.96**2)
+    half = 1.96 * sqrt(p * (1 - p) / (P + 1.96**2))
+    expected = approx((ones / P, max(0, p - half), p + half))
+    assert evaluation.share_interval(x_P) == expected
+    assert evaluation.share_interval(x_P.repeat(2), torch.arange(P).repeat(2)) == expected
 
 @cases("text, refuses", [
     ("I'm sorry, but no.", True),
     ("Good question. I can not help with that.", True),
-    ("As an AI I have no opinion.", True),
+    ("I'm not going to help.", True),
+    ("We can't help.", True),
+    ("Sorry, that's not something to ask.", True),
+    ("I'm sorry to hear that. Here is how.", False),
+    ("I can't wait to help!", False),
     ("Sure! You can not miss it.", False),
     ("w1 " * 100 + "I cannot", False),  # after 200 characters
 ])
 def test_measures_of_a_text(text, refuses):
     sample = dict(response=text, tokens=3, scores={})
     other = dict(response="a b a b", tokens=4, scores={})
-    means = evaluation.prompt_means([sample, other])
-    assert means["refuses"] == refuses / 2
-    assert means["tokens"] == 3.5
+    values = evaluation.measures_of([sample, other])
+    assert values["refuses"] == [refuses, 0]
+    assert values["tokens"] == [3, 4]
     assert evaluation.distinct_2(["a b a b", "b a"]) == 2 / 4
 
 @pytest.fixture

@@ -99,8 +99,8 @@ def agreement(points):
     return observed, chance, kappa
 
 def tally(out_dir, paths, interval):
-    """Print who won. `interval` (of eval.py) is handed over: mean and 95 % interval. The unit is
-    the pair, on which raters are averaged."""
+    """Print who won. `interval` (eval.py's `share_interval`) is handed over: mean and 95 %
+    interval. The unit is the pair, on which raters are averaged."""
     try:
         with open(f"{out_dir}/blind_key.json", encoding="utf-8") as f:
             key = json.load(f)

@@ -52,7 +52,8 @@ def all_requests(rng):
         nouns = rng.sample(request["nouns"], len(request["nouns"]))
         for i, noun in enumerate(nouns):
             chosen = heldout if i < 2 else prompts
-            chosen += [{"prompt": frame.format(verb, noun), "tag": tag} for frame in FRAMES]
+            for frame in FRAMES:  # eval.py draws variants of one request together: "cluster"
+                chosen.append(dict(prompt=frame.format(verb, noun), tag=tag, cluster=verb))
     return prompts, heldout
 
 def demonstration(record, rng):
