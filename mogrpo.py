@@ -1619,7 +1619,11 @@ def load(auto_class, path, day="", **head):
     special = "|".join(sorted(words, key=len, reverse=True)) or "(?!)"  # that matches nothing
     tokenizer.specials = re.compile(f"(?s)({special})(.*({special}))?")
     tokenizer.rows = getattr(config.get_text_config(), "vocab_size", math.inf)
-    tokenizer.day = datetime.fromisoformat(getattr(config, "day", None) or day or TODAY)
+    # Some templates tell the date, by a call of strftime_now
+    date = datetime.fromisoformat(getattr(config, "day", None) or day or TODAY)
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    tokenizer.dated_template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""",
+                                      lambda call: repr(date.strftime(call[2])), template)
     model.eval()  # no dropout: noise in a score, and rho would differ from 1
     model.auto_class = auto_class  # which reads its weights later
     model.tokenizer = tokenizer
@@ -1921,8 +1925,8 @@ def render(tokenizer, messages, response=None):
 def templated(tokenizer, messages, wants_answer):
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=wants_answer,
-            strftime_now=tokenizer.day.strftime)  # some templates tell the date
+            messages, chat_template=tokenizer.dated_template, tokenize=False,
+            add_generation_prompt=wants_answer)
     except Exception as e:  # it is a program of its own: no system role, no two user turns
         die(f"the chat template of {tokenizer.name_or_path} refuses {str(messages)[:60]}: {e}")
 

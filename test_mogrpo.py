@@ -46,7 +46,7 @@ import torch.distributed as dist
 import transformers
 from pytest import approx
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -299,6 +299,7 @@ def end_run():
     for lock in mogrpo.LOCKS:
         lock.close()
     mogrpo.STOPS.clear()
+    mogrpo.WARNINGS.clear()
     for name, of_a_rule in list(sys.modules.items()):
         if str(getattr(of_a_rule, "__file__", "")).startswith(os.getcwd()):
             del sys.modules[name]
@@ -988,8 +989,8 @@ def test_rules_that_start_processes(tiny_run):
 # ==================================================================================================
 # reward_model.py
 
-def encoder_folder(path):
-    folder_of(path, "bert", tiny_tokenizer(template=None), auto=transformers.AutoModel)
+def encoder_folder(path, kind="bert", **other):
+    folder_of(path, kind, tiny_tokenizer(template=None), auto=transformers.AutoModel, **other)
 
 def train_rm(flags):
     """Ratings r.jsonl and backbone b -> rm, unless `flags` say otherwise."""
@@ -2187,14 +2188,217 @@ def test_reward_training_that_diverges():
     refused(lambda: train_rm("--lr=1e11 --head_lr=1e11"), "not finite")
     assert not exists("rm/model.safetensors")
 
-def test_special_tokens_spelled_out_are_text():
-    """For policy, reward model and judge alike: no text can end its turn."""
+# --------------------------------------------------------------------------------------------------
+# What real folders bring: each a public report, whose number stands with it
+
+def char_tokenizer(scheme):
+    """A character is a token, a space is put before all texts ("always"), the "first" piece or
+    "never", and five tokens are special."""
+    words = "<pad> <unk> <end> <user> <assistant>".split()
+    letters = "abcdefghijklmnopqrstuvwxyz<>/`?|\n\u2581"
+    core = Tokenizer(models.BPE({w: i for i, w in enumerate([*words, *letters])}, [],
+                                unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<end>",
+        additional_special_tokens=words[3:], chat_template=CHAT)
+
+def ready(tokenizer, path="ready"):
+    """As mogrpo loads it."""
+    folder_of(path, tokenizer=tokenizer)
+    return mogrpo.load_policy(path).tokenizer
+
+@each("scheme", "always first never")
+def test_special_tokens_spelled_out_are_text(scheme):
+    """llama.cpp#26273. For policy, reward model and judge alike: nothing is lost, no turn ends."""
+    tokenizer = ready(char_tokenizer(scheme))
+    for text in ("plain text", "what does `cat <end>` do?", "<user>a</user> <end>", "a <end>\n<pad>"):
+        for response in (None, text):
+            ids = mogrpo.render(tokenizer, [turn(text)], response)
+            plain = mogrpo.render(tokenizer, [turn("a")], response and "a")
+            special = set(tokenizer.all_special_ids)
+            assert [i for i in ids if i in special] == [i for i in plain if i in special]
+            assert text in tokenizer.decode(ids)
+            turns = [turn(text)] if response is None else [turn(text), turn(text, "assistant")]
+            if text == "plain text":
+                stock = tokenizer.apply_chat_template(turns, add_generation_prompt=response is None)
+                assert ids == stock["input_ids"]
+
+def test_prompts_that_hold_a_template_are_told(flags, printed):
+    write_rows("prompts.jsonl", [dict(prompt="w1"), dict(prompt="<user> w1 <end>")] * 4)
+    run_main(mogrpo, f"{flags.replace('=rules.py', '=')} --reward_model=rm")
+    assert "4 prompts spell out special tokens" in printed()
+
+def test_a_turn_ends_where_its_template_ends_it(world, printed):
+    """open-r1#604, axolotl#2073: neither config names the token."""
+    tokenizer = tiny_tokenizer(template=CHAT.replace("<end>", "w7"))
+    tokenizer.add_special_tokens(dict(additional_special_tokens=["w7"]))
+    folder_of(tokenizer=tokenizer)
+    policy = mogrpo.load_policy("policy")
+    assert policy.eos == [2, 12] and "'w7'" in printed()  # 12: its number
+    mogrpo.save_folder(mogrpo.shard(policy, torch.float32), "saved", torch.float32)
+    assert stock_model("saved").generation_config.eos_token_id == [2, 12]
+
+def test_a_prompt_is_not_closed(world):
+    """gorilla#1217: a tokenizer that puts an end token behind every text."""
+    tokenizer = tiny_tokenizer(template=None)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="w0 $A <end>", special_tokens=[("w0", 5), ("<end>", 2)])
+    tokenizer.bos_token = "w0"
+    tokenizer = ready(tokenizer)
+    assert mogrpo.render(tokenizer, [turn("w1")]) == [5, 6]
+    assert mogrpo.render(tokenizer, [turn("w1")], "w2") == [5, 6, 7, 2]
+
+def test_two_weights_where_the_config_ties_them(flags):
+    """transformers#42612"""
+    weights = saved_weights("policy")
+    save_file(weights | {"lm_head.weight": torch.randn(64, 32)}, "policy/model.safetensors",
+              metadata={"format": "pt"})
+    refused_run(flags, "policy", "tie_word_embeddings")
+
+def test_a_token_beyond_the_embedding(flags):
+    """LLaVA#94"""
     tokenizer = tiny_tokenizer()
-    turns = [turn("w1 <end> <user> w2")]
-    for response in (None, "w3 <end> w4"):
-        ids = mogrpo.render(tokenizer, turns, response)
-        plain = mogrpo.render(tokenizer, [turn("w1")], response and "w3")
-        assert ids.count(2) == plain.count(2)
+    tokenizer.add_tokens(["w99"])
+    tokenizer.save_pretrained("policy")
+    run_main(mogrpo, flags)  # no text has it
+    write_rows("prompts.jsonl", [dict(prompt="w1 w99", answer="", tag="odd")] * 12)
+    refused_run(flags, "policy", "'w99'", "embedding")
+
+def test_longrope_only_to_its_original_length(world):
+    """vllm#27431: past it all positions would have other frequencies."""
+    rope = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0,
+                original_max_position_embeddings=64, rope_theta=10000.0)
+    folder_of(kind="phi3", rope_parameters=rope, max_position_embeddings=256,
+              original_max_position_embeddings=64)
+    assert mogrpo.positions_of(mogrpo.load_policy("policy")) == 64
+
+@cases("lr, kept", ((1e-5, "float32"), (1e-2, "bfloat16")))
+def test_the_saved_policy_is_the_trained_one(flags, lr, kept, printed):
+    """musubi-tuner#967: of small steps nothing would be left in bfloat16."""
+    stock_model("policy", dtype=torch.bfloat16).save_pretrained("policy")
+    run_main(mogrpo, f"{flags} --lr={lr} --warmup=0")
+    assert read_json("out/mogrpo/policy/config.json")["dtype"] == kept
+    assert ("saved in float32" in printed()) == (kept == "float32")
+
+def test_share_kept():
+    before = {"w": tensor([1.0, 1.0])}
+    after = {"w": tensor([1.0 + 2**-9, 1.5])}  # a step that bfloat16 does not have, one that it has
+    share = mogrpo.share_kept(before, after, torch.bfloat16)
+    assert share == approx(0.25 / (0.25 + 2**-18))
+    assert mogrpo.share_kept(before, {"w": tensor([1.0, 1.0 + 2**-9])}, torch.bfloat16) == 0
+
+@cases("kind, other, old_names", [
+    ("llama", dict(rope_theta=5e5), dict(rope_theta=5e5, rope_scaling=None)),
+    ("llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=7e4)),
+     dict(rope_theta=7e4, rope_scaling=dict(rope_type="linear", factor=2.0))),
+    ("gemma3_text", {}, dict(rope_theta=1e6, rope_local_base_freq=1e4)),
+    ("gpt2", {}, {}),
+])
+def test_older_libraries_read_the_same_frequencies(kind, other, old_names, world):
+    """MarinFold#184: transformers 4.57 would take 10,000."""
+    policy = policy_of(folder_of(kind=kind, **other))
+    mogrpo.save_folder(policy, "saved", torch.float32)
+    config = read_json("saved/config.json")
+    assert config == config | old_names
+    ids = tensor([[*range(5, 30)]])
+    equal(stock_model("saved")(ids).logits, stock_model("policy")(ids).logits)
+
+def test_templates_tell_the_day_of_the_start(flags):
+    """open-unlearning#98"""
+    dated = CHAT + "{{ strftime_now('w%d') }} "
+    tiny_tokenizer(template=dated).save_pretrained("policy")
+    run_main(mogrpo, f"{flags} --day=2024-05-12")
+    assert read_json("out/mogrpo/config.json")["day"] == "2024-05-12"
+    cfg = mogrpo.Config(resume=True, day="2024-05-12")
+    tokenizer = mogrpo.load_policy("policy", cfg.day).tokenizer
+    assert mogrpo.render(tokenizer, [turn("w1")])[-1] == 5 + 12
+    folder_of("b", tokenizer=tiny_tokenizer(template=dated))
+    ratings_file("r.jsonl")
+    train_rm("--epochs=1 --day=2024-05-12")
+    tokenizer = mogrpo.load_reward_model("rm", day="2020-01-01").tokenizer
+    assert mogrpo.render(tokenizer, [turn("w1")])[-1] == 5 + 12
+    refused_run(f"{flags} --day=tomorrow", "--day=tomorrow")
+
+def test_resumed_with_other_prompts(flags):
+    run_main(mogrpo, flags)
+    write_rows("prompts.jsonl", rows_of("prompts.jsonl")[1:] * 2)
+    refused_run("--resume --steps=2", "other prompts")
+    refused_run("--resume --out_dir=out/mogrpx", "out/mogrpx")
+
+def test_the_likeliest_token_is_the_first_of_equals(world):
+    """In bfloat16 ties are common."""
+    folder_of()
+    policy = policy_of("policy", torch.bfloat16)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.fill_(0.0)  # all are alike
+    cfg = evaluation.Config(policies="a=policy", prompts="p", temperature=0, max_new_tokens=3)
+    prompt = dict(ids=[5, 6], index=0)
+    [row] = mogrpo.rollout(policy, [prompt], (0, 0), 1, cfg)
+    assert row["response"] == [0, 0, 0]
+
+@each("spoil", "lost renamed resized")
+def test_a_head_that_is_not_there(flags, spoil):
+    """trl#368, OpenRLHF#1342: it would score at random."""
+    weights = saved_weights("rm")
+    head = weights.pop("score.weight")
+    if spoil == "renamed":
+        weights["v_head.weight"] = head
+    if spoil == "resized":
+        weights["score.weight"] = head[:1]
+    save_file(weights, "rm/model.safetensors", metadata={"format": "pt"})
+    refused_run(f"{flags} --reward_model=rm", "rm", "score.weight")
+
+@cases("pad_token_id", (None, 0, 9))
+@each("kind", "llama qwen3 gpt2")
+def test_scores_are_the_stock_ones(kind, pad_token_id):
+    """transformers#35352: texts that end in the end token, each alone by the library, and all
+    together by ours. A pad token of the folder's own is kept, though a text may hold it."""
+    auto = transformers.AutoModelForSequenceClassification
+    folder_of("rm", kind, tiny_tokenizer("<end>"), auto=auto, id2label={0: "good", 1: "kind"})
+    config = read_json("rm/config.json") | dict(pad_token_id=pad_token_id)
+    write_text("rm/config.json", json.dumps(config))
+    texts = [([turn("w1 " * n)], "w4 w2") for n in (1, 5, 3)]
+    model = loaded("rm")
+    stock = auto.from_pretrained("rm")
+    expected = [stock(tensor([mogrpo.render(model.tokenizer, *text)])).logits for text in texts]
+    assert max_gap(mogrpo.score(model, texts), torch.cat(expected).sigmoid()) < 1e-5
+
+@cases("problem, activation", [
+    ("single_label_classification", lambda logits: logits.softmax(-1)),
+    ("regression", lambda logits: logits),
+    ("multi_label_classification", torch.sigmoid),
+    (None, torch.sigmoid),
+])
+def test_activations(problem, activation, printed):
+    """trl#117"""
+    reward_folder("rm", ("safe", "unsafe"))
+    config = read_json("rm/config.json") | dict(problem_type=problem)
+    write_text("rm/config.json", json.dumps(config))
+    text = [turn("w1")], "w2"
+    model = loaded("rm")
+    logits = transformers.AutoModelForSequenceClassification.from_pretrained("rm")(
+        tensor([mogrpo.render(model.tokenizer, *text)])).logits
+    assert max_gap(mogrpo.score(model, [text]), activation(logits)) < 1e-5
+    said = printed()
+    assert "more 'unsafe' counts as better" in said
+    assert ("no problem_type" in said) == (problem is None)
+
+def test_too_long_texts_are_counted(printed):
+    """reward-bench#137"""
+    reward_folder("rm")
+    model = loaded("rm", max_tokens=8)
+    texts = [([turn("w1")], "w2"), ([turn("w1 " * 9)], "w2"), ([turn("w1")], "w2 " * 12)]
+    mogrpo.score(model, texts)
+    assert "2 of 3 texts have more than 8 tokens" in printed()
+    rows = mogrpo.encode(model, texts)
+    assert [len(row) for row in rows] == [6, 8, 8]
+    assert rows[1] == mogrpo.render(model.tokenizer, *texts[1])[-8:]
+    encoder_folder("b", "roberta", max_position_embeddings=14)
+    encoder = mogrpo.load_reward_model("b", num_labels=1, id2label={0: "good"})
+    [row] = mogrpo.encode(encoder, [([turn("w1 " * 30)], "w2")])
+    assert len(row) == 14 - 1  # transformers#14243: positions count from behind the pad token, 0
 
 def test_an_error_of_one_process_is_told(monkeypatch, capsys):
     monkeypatch.setattr(mogrpo, "IS_FIRST", False)
