@@ -1205,6 +1205,8 @@ def choose_way(policy, cfg):
             decoded_PTV = torch.stack(decoded, 1)
             differ = gap(torch.stack([packed_PTV, decoded_PTV]))
             reason = f"ours differ by {differ:.2g}, its own two ways by {e:.2g}"
+            if USE_GRAPHS:
+                try_recording(lambda: decode(policy, cache, token_P, temperature))
         except Exception as error:  # models of others fail in any way they like
             differ, reason = math.inf, f"ours fail: {last_line(error)}"
     is_equal = all(collect([differ <= 2 * e + 1e-5]))
@@ -1336,21 +1338,27 @@ def repeat(step, n):
             step = as_graph(step)
         step()
 
-def as_graph(step):
-    """A call that replays the kernels of `step`, recorded as a CUDA graph and not yet run; `step`
-    itself where that cannot be (of experts, some wait for the GPU)."""
-    global USE_GRAPHS
+def as_graph(step, stream=None):
+    """A call that replays the kernels of `step`, recorded as a CUDA graph and not yet run."""
     graph = torch.cuda.CUDAGraph()
-    back = torch.cuda.stream(torch.cuda.current_stream())  # also if recording fails
+    # thread_local: NCCL's watchdog, a thread of its own, may ask the GPU something meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+def try_recording(step):
+    """Some kernels wait for the GPU (those of some experts) and cannot be recorded. That is found
+    out once, on a stream of its own: a recording that fails spoils its stream's memory."""
+    global USE_GRAPHS
     try:
-        # thread_local: NCCL's watchdog, a thread of its own, may ask the GPU something meanwhile
-        with back, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-        return graph.replay
-    except RuntimeError as e:
+        with torch.cuda.stream(torch.cuda.current_stream()):  # however it ends, back to this one
+            as_graph(step, torch.cuda.Stream())
+    except RuntimeError as e:  # that of the end of the recording; what caused it came before
+        cause = e.__context__ or e
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause
         USE_GRAPHS = False
-        say(f"sampling goes on without CUDA graphs, slower: {last_line(e)}")
-        return step
+        say(f"sampling goes on without CUDA graphs, slower: {last_line(cause)}")
 
 # --------------------------------------------------------------------------------------------------
 # 4.5 The update: micro-batches
@@ -2138,7 +2146,7 @@ def launch(main, config_class, doc, toy={}):
     except Stopped as stop:
         require(not stop.args, str(stop))
         say("stopped by a signal; what was finished is kept")
-    except (OSError, SafetensorError, dcp.CheckpointException) as e:
+    except (OSError, SafetensorError, dcp.CheckpointException, torch.OutOfMemoryError) as e:
         die(last_line(e))
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while another still needs it
