@@ -1965,7 +1965,7 @@ def turn_end(tokenizer):
     turns = [dict(role="user", content="x"), dict(role="assistant", content=answer)]
     _, found, rest = templated(tokenizer, turns, False).rpartition(answer)
     ids = tokenize(tokenizer, rest, goes_on=True)
-    if found and ids and ids[0] in tokenizer.all_special_ids:
+    if found and ids and tokenizer.specials.fullmatch(tokenizer.convert_ids_to_tokens(ids[0])):
         return ids[0]
 
 # --------------------------------------------------------------------------------------------------

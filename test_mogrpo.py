@@ -46,7 +46,7 @@ import torch.distributed as dist
 import transformers
 from pytest import approx
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -2233,7 +2233,7 @@ def test_prompts_that_hold_a_template_are_told(flags, printed):
 def test_a_turn_ends_where_its_template_ends_it(world, printed):
     """open-r1#604, axolotl#2073: neither config names the token."""
     tokenizer = tiny_tokenizer(template=CHAT.replace("<end>", "w7"))
-    tokenizer.add_special_tokens(dict(additional_special_tokens=["w7"]))
+    tokenizer.add_tokens([AddedToken("w7", special=True)])
     folder_of(tokenizer=tokenizer)
     policy = mogrpo.load_policy("policy")
     assert policy.eos == [2, 12] and "'w7'" in printed()  # 12: its number
