@@ -13,6 +13,7 @@ instead of keys and values (Mamba).
 """
 import csv
 import dataclasses
+import gc
 import gzip
 import io
 import json
@@ -2399,6 +2400,55 @@ def test_too_long_texts_are_counted(printed):
     encoder = mogrpo.load_reward_model("b", num_labels=1, id2label={0: "good"})
     [row] = mogrpo.encode(encoder, [([turn("w1 " * 30)], "w2")])
     assert len(row) == 14 - 1  # transformers#14243: positions count from behind the pad token, 0
+
+@cases("record, expected", [
+    (dict(prompt="a", messages=None), [turn("a")]),  # datasets#7617: null columns
+    (dict(prompt=None, messages=[turn("a")]), [turn("a")]),
+    (dict(prompt=[turn("s", "developer"), turn("a")]), [turn("s", "system"), turn("a")]),
+    (dict(prompt=[turn([dict(type="text", text="a "), dict(type="text", text="b")])]),
+     [turn("a b")]),
+])
+def test_what_a_prompt_may_look_like(record, expected):
+    assert mogrpo.conversation("f:1", record) == expected
+
+def test_null_scores_and_tags_that_are_numbers(flags):
+    ratings_file("r.jsonl")
+    rows = [row | dict(flat=row["scores"]["early"], scores=None) for row in rows_of("r.jsonl")]
+    write_rows("null.jsonl", rows)
+    assert len(rm.read_ratings("null.jsonl", ["flat"], "0,1")[0]) == len(rows)
+    write_rows("prompts.jsonl", [row | dict(tag=i % 2) for i, row in
+                                 enumerate(rows_of("prompts.jsonl"))])
+    run_main(evaluation, "--policies=a=policy,b=policy --prompts=prompts.jsonl --max_new_tokens=4")
+    assert list(read_json("out/eval/eval.json")["table"]) == ["all", "0", "1"]
+
+def test_only_one_policy_is_in_memory(flags, monkeypatch):
+    seen = []
+    real = evaluation.load_policy
+    def load(path):
+        gc.collect()
+        assert all(ref() is None for ref in seen)
+        policy = real(path)
+        seen.append(weakref.ref(policy))
+        return policy
+    monkeypatch.setattr(evaluation, "load_policy", load)
+    run_main(evaluation, "--policies=a=policy,b=policy,c=policy --prompts=prompts.jsonl"
+                         " --max_new_tokens=4")
+    assert len(seen) == 3
+
+def test_a_stray_file_in_a_checkpoint(flags):
+    run_main(mogrpo, flags)
+    write_text("out/mogrpo/checkpoint/.nfs0001", "")
+    run_main(mogrpo, "--resume --steps=2 --out_dir=out/mogrpo")
+    assert len(steps_of()) == 2
+
+def test_weights_are_sharded_when_they_are_saved(world):
+    """A forward leaves the root's whole, in the dtype of compute."""
+    policy = policy_of(folder_of(tied=False), torch.float32)
+    named = {name: p for name, p in policy.named_parameters()}
+    mogrpo.response_logp(policy, [([5], [6])], 1.0)
+    optimizer = mogrpo.make_optimizer(policy, mogrpo.Config())
+    saved = mogrpo.trained_tensors(policy, optimizer, 0)
+    assert all(saved[name].data_ptr() == p.data_ptr() for name, p in named.items())
 
 def test_an_error_of_one_process_is_told(monkeypatch, capsys):
     monkeypatch.setattr(mogrpo, "IS_FIRST", False)
