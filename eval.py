@@ -140,16 +140,16 @@ def interval(x_P, cluster_P=None):
     return mean, low, high
 
 def share_interval(x_P, cluster_P=None):
-    """The same for shares, x in [0, 1]. Two clusters of ones and two of zeros are added to those
-    that there are (Agresti and Coull 1998), so that "always" is not taken for certain."""
+    """The same for shares, x in [0, 1]. Two prompts of 1 and two of 0 are added to those that there
+    are (Agresti and Coull 1998), so that "always" is not taken for certain."""
     sums_C, sizes_C = cluster_sums(x_P, cluster_P)
+    C = len(sums_C)
     added = 1.96**2 / 2  # of each
-    C = len(sums_C) + 2 * added
-    size = sizes_C.mean()
-    middle = (sums_C.sum() / size + added) / C
-    error_C = (sums_C - middle * sizes_C) / size
-    squares = error_C.square().sum() + added * (middle**2 + (1 - middle)**2)
-    half = 1.96 * squares.sqrt() / C
+    n = len(x_P) + 2 * added
+    middle = (sums_C.sum() + added) / n
+    squares = (sums_C - middle * sizes_C).square().sum()
+    squares += added * (middle**2 + (1 - middle)**2)
+    half = 1.96 * (1 + 1.2 / C) * squares.sqrt() / n
     low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=1)
     return x_P.mean().item(), low.item(), high.item()
 

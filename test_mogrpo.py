@@ -1490,13 +1490,16 @@ def test_interval_is_the_normal_one_of_many_prompts():
 
 @cases("ones, P", ((0, 10), (3, 10), (40, 400)))
 def test_interval_of_shares(ones, P):
-    """Agresti and Coull's; never without a width."""
+    """Agresti and Coull's, with two of each added; never without a width."""
     x_P = tensor([1.0] * ones + [0.0] * (P - ones)).double()
-    p = (ones + 1.96**2 / 2) / (P + 1.96**2)
-    half = 1.96 * sqrt(p * (1 - p) / (P + 1.96**2))
-    expected = approx((ones / P, max(0, p - half), p + half))
-    assert evaluation.share_interval(x_P) == expected
-    assert evaluation.share_interval(x_P.repeat(2), torch.arange(P).repeat(2)) == expected
+    for copies in (1, 3):  # alike, so that a cluster tells as much as one of them
+        n = copies * P + 1.96**2
+        p = (copies * ones + 1.96**2 / 2) / n
+        squares = copies**2 * (ones * (1 - p)**2 + (P - ones) * p**2)
+        squares += 1.96**2 / 2 * (p**2 + (1 - p)**2)
+        half = 1.96 * sqrt(squares) / n * (1 + 1.2 / P)
+        found = evaluation.share_interval(x_P.repeat(copies), torch.arange(P).repeat(copies))
+        assert found == approx((ones / P, max(0, p - half), p + half))
 
 @cases("text, refuses", [
     ("I'm sorry, but no.", True),
