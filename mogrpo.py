@@ -767,6 +767,7 @@ def load_reward_model(path, max_tokens=10**9, day="", **head):
     if head:
         config.pad_token_id = tokenizer.pad_token_id
     model.pad = config.pad_token_id  # see `logits_of`
+    config.use_cache = False  # a block that is run again would add to it again
     # Too long a text loses its beginning: the response stands last
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, positions_of(model))
     model.axes = [model.config.id2label[k] for k in range(model.config.num_labels)]

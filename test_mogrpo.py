@@ -1701,6 +1701,20 @@ def test_recomputation(choice, cuda, world, monkeypatch):
     made_again = 48 not in [x.shape[-1] for x in kept if x.dim() > 1]
     assert made_again == (cuda if choice == "auto" else choice == "True")
 
+def test_a_reward_model_is_recomputed_as_it_was(world):
+    """Its blocks must not find keys in a cache from their first run."""
+    folder_of("b")
+    gradients = []
+    for choice in ("False", "True"):
+        torch.manual_seed(0)
+        model = mogrpo.load_reward_model("b", num_labels=1, id2label={0: "good"})
+        mogrpo.shard(model, torch.float32, choice)
+        with torch.no_grad():
+            model.score.weight.fill_(1.0)
+        mogrpo.logits_of(model, PROMPTS).sum().backward()
+        gradients.append([p.grad.full_tensor() for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
 def test_counted_speed(printed):
     """Weights and cache once, every token once; nothing is waited for but once a room."""
     config = config_folder("qwen2", "512 256 512 3 8 2")
