@@ -368,13 +368,18 @@ def main(cfg):
             f"multiples of --group_size={cfg.group_size}, and --max_new_tokens above 1: {e}")
     found = []
     if cfg.count:
-        found = [counted(cfg, config, n) for n in rows]
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-        for row in found:
-            row["collectives"] = [count_collectives(config, tokens) for tokens in (8, 80)]
+        # Tensors without memory are the host's, also on a machine with a GPU
+        with patch.multiple(mogrpo, DEVICE=torch.device("cpu"), USE_GRAPHS=False):
+            for n in rows:
+                found.append(counted(cfg, config, n))
+                collectives = [count_collectives(config, tokens) for tokens in (8, 80)]
+                found[-1]["collectives"] = collectives
     else:
         _, _, dtype = join_world(cfg.dtype)
         copied, product = machine(dtype)
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
         policy = policy_of(config, torch.float32, "meta")
         with patch.object(mogrpo, "read_weights", random_weights):
             mogrpo.shard(policy, dtype, cfg.recompute)
@@ -382,7 +387,7 @@ def main(cfg):
         say(f"a copy moves {copied / 1e9:.0f} GB/s, a product makes {product / 1e12:.2f} TFLOP/s")
         for n in rows:
             found.append(timed(cfg, policy, optimizer, n, copied, product))
-        if CUDA:
+        if CUDA:  # the probe of the machine was freed and is not in it
             peak = torch.cuda.max_memory_allocated() / memory.GIB
             planned = memory.need(cfg, prompts_per_step=max(rows) // cfg.group_size, beta=0.0)
             say(f"peak of memory {peak:.1f} GiB, planned {planned:.1f}")
