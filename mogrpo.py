@@ -1586,11 +1586,14 @@ def shard(model, dtype, recompute="False", mesh=None):
     of --recompute."""
     mesh = mesh or device_mesh()
     precision = MixedPrecisionPolicy(dtype, reduce_dtype=at_least_float32(dtype))
-    wrap = partial(fully_shard, mesh=mesh, mp_policy=precision)
     frozen = not any(p.requires_grad for p in model.parameters())  # LoRA trains A and B
+    left_out = set()
     for p in model.parameters():
         if not p.requires_grad:  # float32 masters are for weights to which small steps are added
             p.data = p.data.to(dtype)
+            if dist.get_world_size() == 1:  # FSDP would gather a second copy: 28 GB at 14B
+                left_out.add(p)
+    wrap = partial(fully_shard, mesh=mesh, mp_policy=precision, ignored_params=left_out)
     for block in blocks(model):
         if recompute == "True" or recompute == "auto" and CUDA:
             block.forward = recomputed(block.forward)

@@ -1641,7 +1641,7 @@ CASES = [(0, True, 2000), (0, False, 2000), (16, True, 8000)]
 
 @cases("rank, recompute, vocab_size", CASES)
 def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run):
-    """The planned peaks against the live bytes of a real rollout and a real update, within 10 %."""
+    """The planned peaks against the live bytes of a real rollout and a real update, within 15 %."""
     config = config_folder("llama", f"{vocab_size} 256 768 6 4 2")
     transformers.LlamaForCausalLM(config).save_pretrained("policy")
     prompt = dict(prompt="w1 " * 61, answer="")  # 64 tokens, with the template's
@@ -1672,7 +1672,7 @@ def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run)
     always = stages["always"] - memory.GIB  # without the driver
     most = max(stages["log-probs"], stages["backward pass"])
     planned = [always + stages["sampling"], always + most]
-    assert [sampling, live.peak] == approx(planned, rel=0.1)
+    assert [sampling, live.peak] == approx(planned, rel=0.15)
 
 def test_memory_command(printed):
     config_folder("qwen2", "32000 2048 8192 8 8 2")
@@ -2540,12 +2540,18 @@ def test_prompts_are_read_before_any_weight(flags, monkeypatch):
     mogrpo.write_text("prompts.jsonl", "{")
     refused_run(flags, "prompts.jsonl:1")
 
-def test_frozen_models_are_sharded_again(world):
-    """Also the root, which FSDP would keep whole for a backward pass that never comes."""
+def test_frozen_weights_stand_once(world):
+    """On one process, where FSDP would gather a copy of all of them; more: sharded again."""
     policy = mogrpo.load_policy(folder_of()).requires_grad_(False)
     mogrpo.shard(policy, torch.float32)
-    sample(policy, PROMPTS, KEYS, 1.0, 2)
-    mogrpo.response_logp(policy, [(PROMPTS[0], [2])], 1.0)
+    before = [p.data_ptr() for p in policy.parameters()]
+    with mogrpo.gathered(policy):
+        assert before == [p.data_ptr() for p in policy.parameters()]
+    with mock.patch.object(dist, "get_world_size", lambda: 2):  # as if
+        policy = mogrpo.load_policy("policy").requires_grad_(False)
+        with mock.patch.object(mogrpo, "load_weights", lambda model: model.to_empty(device="cpu")):
+            mogrpo.shard(policy, torch.float32, mesh=dist.init_device_mesh("cpu", (1,)))
+    policy(input_ids=tensor([[5]]))  # also the root, which FSDP would keep for a backward pass
     assert all(isinstance(p, dist.tensor.DTensor) for p in policy.parameters())
 
 def test_a_pickle_is_never_read(flags):
