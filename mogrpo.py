@@ -304,13 +304,12 @@ def pick(logits_BV, u_B):
 
 @torch.no_grad()
 def sample(policy, prompts, u_BT, temperature):
-    """G responses to each of P prompts (here: lists of token ids), in prompt order -> B token
-    lists, each up to and including its end token or cut at T; their log-probs under the sampler, B
-    tensors on the CPU. The library's `generate` runs the model, whatever its cache, masks and
-    logits are. It does greedy search, but over logits that we change: `draw` samples a token and
-    sets the logits of all others to -inf, so that greedy search must take it."""
+    """A response to each of B prompts (here: lists of token ids) -> B token lists, each up to and
+    including its end token or cut at T; their log-probs under the sampler, B tensors on the CPU.
+    The library's `generate` runs the model, whatever its cache, masks and logits are. It does
+    greedy search, but over logits that we change: `draw` samples a token and sets the logits of all
+    others to -inf, so that greedy search must take it."""
     B, T = u_BT.shape
-    repeated = [prompt for prompt in prompts for _ in range(B // len(prompts))]
     logps = []  # logp_B of each new token
 
     def draw(ids_BS, logits_BV):
@@ -324,7 +323,7 @@ def sample(policy, prompts, u_BT, temperature):
         return torch.full((B,), must_stop(), device=DEVICE)
 
     ids_BS = policy.generate(
-        **batch_of(policy, repeated), logits_processor=[draw], stopping_criteria=[stop],
+        **batch_of(policy, prompts), logits_processor=[draw], stopping_criteria=[stop],
         do_sample=False, max_new_tokens=T, eos_token_id=policy.eos, pad_token_id=0)
     return up_to_end(ids_BS[:, -len(logps):], torch.stack(logps, 1), policy.eos)
 
@@ -352,8 +351,8 @@ def plain_logits(policy, pairs):
 
 def response_logp(policy, pairs, temperature):
     """Log-probs of all response tokens of the pairs, at the sampler's temperature -> logp_N."""
-    if policy.fast:
-        return fast_logp(policy, pairs, temperature)
+    if policy.fast:  # a list of pairs in a namespace: FSDP would look for tensors, token by token
+        return policy.packed_logp(SimpleNamespace(pairs=pairs), temperature)
     targets = [token for _, response in pairs for token in response]
     logits_NV = plain_logits(policy, pairs) / temperature
     return token_logp(logits_NV, torch.tensor(targets, device=DEVICE))
@@ -368,22 +367,22 @@ def rollout(policy, prompts, stream, group_size, cfg):
     token), sampler_logp (of each token). Every process must call it, even with no prompts. The same
     `stream`, (seed, step) in training, gives a prompt the same responses."""
     rows = []
+    asked = [(prompt, g) for prompt in prompts for g in range(group_size)]
+    at_once = max(1, cfg.sample_rows // group_size) * group_size  # whole groups
     sampler = fast_sample if policy.fast else sample
-    prompts_at_once = max(1, cfg.sample_rows // group_size)
     with gathered(policy):
-        for first in range(0, len(prompts), prompts_at_once):
-            some = prompts[first:first + prompts_at_once]
-            keys = [(*stream, prompt["index"], g) for prompt in some for g in range(group_size)]
+        for first in range(0, len(asked), at_once):
+            some = asked[first:first + at_once]
+            keys = [(*stream, prompt["index"], g) for prompt, g in some]
             u_BT = uniforms(keys, cfg.max_new_tokens)
             if cfg.temperature < 1e-20:  # eval.py's 0: of several likeliest tokens the first
                 u_BT.zero_()
-            prompt_ids = [prompt["ids"] for prompt in some]
+            prompt_ids = [prompt["ids"] for prompt, _ in some]
             responses, logps = sampler(policy, prompt_ids, u_BT, cfg.temperature)
             texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
-            for b, response in enumerate(responses):
-                rows.append(dict(
-                    prompt=some[b // group_size], response=response, text=texts[b],
-                    truncated=response[-1] not in policy.eos, sampler_logp=logps[b]))
+            for (prompt, _), response, text, logp_T in zip(some, responses, texts, logps):
+                rows.append(dict(prompt=prompt, response=response, text=text, sampler_logp=logp_T,
+                                 truncated=response[-1] not in policy.eos))
     heed_signals()  # raises Stopped if a signal has come: half-finished rows are not returned
     return rows
 
@@ -995,10 +994,6 @@ def reference_logp(run, batch):
     run.policy.adapted = True
     return logp_N
 
-def fast_logp(policy, pairs, temperature):
-    batch = SimpleNamespace(pairs=pairs)  # in a list FSDP would look for tensors, token by token
-    return policy.packed_logp(batch, temperature)
-
 def packed_logp(policy, batch, temperature):
     """logp_N by a row without padding in which neighbours share their prompt, and by logits that
     are made a chunk at a time, and again in the backward pass: at V = 150,000 those of 16,384
@@ -1248,9 +1243,10 @@ LOOK_EVERY = 64 if CUDA else 4  # tokens between two looks at which rows have en
 
 @torch.no_grad()
 def fast_sample(policy, prompts, u_BT, temperature):
-    """What `sample` does, but each prompt is read once for its group, rows leave when they have
-    ended, no address changes while tokens are decoded, and nothing waits for the GPU: so that a
-    turn can be recorded. Nothing is communicated, so processes may stop at different lengths."""
+    """What `sample` does, but neighbours whose prompt is the very same list read it once, rows
+    leave when they have ended, no address changes while tokens are decoded, and nothing waits for
+    the GPU: so that a turn can be recorded. Nothing is communicated, so processes may stop at
+    different lengths."""
     B, T = u_BT.shape
     u_BT = u_BT.to(DEVICE)
     logp_BT = torch.zeros_like(u_BT)
@@ -1270,8 +1266,7 @@ def fast_sample(policy, prompts, u_BT, temperature):
         t_1.add_(1)
         choose(logits_RV)
 
-    rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
-    logits_BV, cache = prefill(policy, rows, T, temperature)
+    logits_BV, cache = prefill(policy, prompts, T, temperature)
     choose(logits_BV)
     for t in range(1, T, LOOK_EVERY):
         has_ended_R = torch.isin(tokens_BT[row_R, :t], end_tokens).any(1)
@@ -1288,8 +1283,8 @@ def fast_sample(policy, prompts, u_BT, temperature):
     return up_to_end(tokens_BT, logp_BT, policy.eos)
 
 def prefill(policy, prompts, T, temperature):
-    """Read the prompts of B rows, those that are the very same list once -> logits_BV of what
-    follows, and the cache of the rows, with place for T new tokens."""
+    """Read B prompts, neighbours that are the very same list once -> logits_BV of what follows, and
+    the cache of the rows, with place for T new tokens."""
     inputs, last_B, _ = layout([(prompt, []) for prompt in prompts])
     place_RS = inputs["segments"].pop().key_BS  # of responses, which have no tokens yet
     cache = Cache()
@@ -2092,33 +2087,30 @@ def parse(config_class, argv, doc, toy={}):
         config_class, description=f"{manual}\nin the toy world: {toy}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = die  # in one line, from one process
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    typed = vars(parser.parse_args(argv))  # nothing but the flags that are typed
+    if "out_dir" in typed:
+        require(typed["out_dir"], "--out_dir: it needs a name")
+        typed["out_dir"] = os.path.normpath(typed["out_dir"])  # without a slash at its end
     first = fields(config_class)[0].name
-    if getattr(parser.parse_args(argv), first) == "toy":
-        parser.set_defaults(**toy)
-    flags = parser.parse_args(argv)
-    require(getattr(flags, "out_dir", "-"), "--out_dir: it needs a name")
-    before = {}  # of a run that is resumed: its flags hold but for those that are typed
-    if getattr(flags, "resume", False):
-        before = recorded(f"{flags.out_dir}/config.json", config_class)
-        parser.set_defaults(**before)
-    flags = vars(parser.parse_args(argv))
-    if "out_dir" in flags:
-        flags["out_dir"] = os.path.normpath(flags["out_dir"])  # without a slash at its end
-    if flags[first] == "toy":
-        flags[first] = toy[first]
-    for name in before:
-        require(name not in config_class.kept or flags[name] == before[name],
-                f"--{name} was {before[name]} and is now {flags[name]}: that cannot be resumed")
-    return config_class(**flags)
-
-def recorded(path, config_class):
-    """The flags of the run that is resumed."""
+    defaults = {}
+    if typed.get(first, getattr(config_class, first)) == "toy":
+        typed.pop(first, None)
+        defaults = toy
+    cfg = config_class(**defaults | typed)
+    if not typed.get("resume"):
+        return cfg
+    path = f"{cfg.out_dir}/config.json"
     try:
-        before = json.load(open(path, encoding="utf-8"))
-        config_class(**before)  # it knows them all
+        before = json.load(open(path, encoding="utf-8"))  # these flags hold but for those typed
+        cfg = config_class(**before | typed)
     except Exception as e:
         die(f"--resume: {path} cannot be read: {e}")
-    return before
+    for name in before.keys() & config_class.kept:
+        require(before[name] == getattr(cfg, name), f"--{name} was {before[name]} and is now "
+                f"{getattr(cfg, name)}: that cannot be resumed")
+    return cfg
 
 TOY = dict(policy="out/toy/policy", reward_model="out/toy/reward_model",
            prompts="out/toy/prompts.jsonl", heldout_prompts="out/toy/heldout_prompts.jsonl",

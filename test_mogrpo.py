@@ -402,7 +402,7 @@ def sample(policy, prompts, keys, temperature, tokens=24):
     u_BT = mogrpo.uniforms(keys, tokens)
     sampler = mogrpo.fast_sample if policy.fast else mogrpo.sample
     with mogrpo.gathered(policy):
-        return sampler(policy, prompts, u_BT, temperature)
+        return sampler(policy, [prompts[p] for p, _ in keys], u_BT, temperature)
 
 FAST = """qwen2 llama qwen3 gemma3_text gpt2 mistral mixtral gemma phi3 olmo2 smollm3 starcoder2
 gpt_neox granite cohere qwen3_moe"""
