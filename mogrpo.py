@@ -621,12 +621,6 @@ def setup(cfg):
     rules = load_rules(cfg.rules, prompts[0])
     truth = load_rules(cfg.truth, prompts[0])
     reward_models = load_reward_models(cfg.reward_model, cfg.day)
-    for reward_model in reward_models:
-        most = reward_model.tokenizer.model_max_length
-        long = sum(len(prompt["ids"]) + cfg.max_new_tokens > most for prompt in prompts)
-        if long > 0:
-            warn(f"{reward_model.name_or_path} reads {most} tokens: with {long} of {len(prompts)} "
-                 "prompts a long response would be read without their beginning")
     axes = axes_of(reward_models, rules)  # K names
     weight_of = axis_numbers("weights", cfg.weights, axes, 1e6)
     weights_K = torch.tensor([weight_of.get(axis, 1.0) for axis in axes])
@@ -642,7 +636,7 @@ def setup(cfg):
         go(reference, policy.fast)
     for reward_model in reward_models:
         shard(reward_model, dtype, mesh=mesh)
-    state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, before={}, log_sizes={},
+    state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, first={}, log_sizes={},
                  texts=fingerprint([prompt["ids"] for prompt in prompts + heldout]))
     return Run(cfg, rank, world, dtype, mesh, policy, reference, reward_models, rules, truth, axes,
                weights_K, prompts, heldout, make_optimizer(policy, cfg), trained=policy,
@@ -791,7 +785,7 @@ def encode(reward_model, texts):
     tokenizer = reward_model.tokenizer
     most = tokenizer.model_max_length
     rows = [render(tokenizer, *text) for text in texts]
-    start = [] if tokenizer.chat_template else frame(tokenizer)[0]
+    start, _ = frame(tokenizer)
     cut = [n for n, row in enumerate(rows) if len(row) > most]
     for n in cut:
         rows[n] = start + rows[n][len(rows[n]) - most + len(start):]
@@ -1456,9 +1450,8 @@ def log_step(run, step, metrics):
             f"{seconds:>7.2f}{left!s:>9}")
     for axis in run.axes:  # its mean score, and its share of what moves the policy
         cell = f"{metrics[f'score/{axis}']:.2f}{metrics[f'share/{axis}']:>5.0%}"
-        width = max(11, 1 + len(axis))
-        header += axis.rjust(width)
-        line += cell.rjust(width)
+        header += f" {axis:>10}"
+        line += f" {cell:>{max(10, len(axis))}}"  # as wide as its name
     if run.wants_header:
         say("\n" + header[:100])  # a line of a terminal; metrics.jsonl has the rest
     say(line[:100])
@@ -1487,14 +1480,13 @@ def evaluate(run, step):
     means = dict(zip(names, all_scores_PGE.nanmean((0, 1)).tolist()))  # nan: no answer has a score
     write_row(run, "metrics.jsonl", dict(step=step) | means)
 
-    before = run.state["before"]
-    say(f"\n{f'held out, step {step}':<26}{'before':>8}{'now':>8}")
+    say(f"\n{f'held out, step {step}':<26}{'first':>8}{'now':>8}")
     for name, mean in means.items():
-        say(f"  {name:<24}{before.get(name, '-'):>8}{mean:>8.3f}")
+        now = f"{mean:8.3f}"
+        first = run.state["first"].setdefault(name, now)  # text: nan is no JSON
+        say(f"  {name:<24}{first}{now}")
     for row in rows[::max(1, len(rows) // 3)][:3]:
         say(f"  > {row['prompt']['messages'][-1]['content']!r}\n    {row['text']!r}")
-    if step == 0:
-        before |= {name: f"{mean:.3f}" for name, mean in means.items()}
     run.wants_header = True
 
 def save_results(run):
@@ -1864,35 +1856,31 @@ def read_jsonl(path):
         die(f"{where}: unreadable or broken JSON: {e}")
     require(where != path, f"{path}: is empty; expected one JSON object a line")
 
-ROLES = ("system", "user", "assistant")
+ROLES = dict(system="system", developer="system", user="user", assistant="assistant")
 
 def conversation(where, record):
     """The prompt of a record as chat messages: its "messages", or its "prompt", which is a user's
     text or a list of messages, too. Contents may be lists of text parts."""
     messages = record.get("messages") or record.get("prompt")  # null is like absent
-    require(messages, f'{where}: "prompt" (or "messages") is missing or empty')
     if isinstance(messages, str):
         messages = [dict(role="user", content=messages)]
+    require(messages and isinstance(messages, list),
+            f'{where}: "prompt" (or "messages") is missing, empty, or neither text nor a list')
     clean = []
-    for message in messages if isinstance(messages, list) else [messages]:
-        require(isinstance(message, dict), f'{where}: a message is not like {{"role": "user", '
-                '"content": "text"}')
-        role = message.get("role")
-        role = "system" if role == "developer" else role
-        require(role in ROLES, f"{where}: a message's role is {role!r}, none of {', '.join(ROLES)}")
-        content = text_of(message.get("content"))
-        require(content, f"{where}: a message's content is empty or not text: {str(message)[:80]}")
-        clean.append(dict(role=role, content=content))
-    require(clean[-1]["role"] != "assistant",
+    for message in messages:
+        try:
+            role = ROLES[message["role"]]
+            content = message["content"]
+            parts = content if isinstance(content, list) else [content]
+            text = "".join(part if isinstance(part, str) else part["text"] for part in parts)
+            assert text.strip()
+        except Exception:
+            die(f'{where}: expected a message like {{"role": "user", "content": "text"}}, its role '
+                f"one of {', '.join(ROLES)} and its text not empty, found {str(message)[:80]}")
+        clean.append(dict(role=role, content=text))
+    require(role != "assistant",
             f"{where}: the prompt ends with the assistant's turn, so there is nothing to answer")
     return clean
-
-def text_of(content):
-    """A content's text, which may come in parts; nothing where it is blank, or not all text."""
-    parts = content if isinstance(content, list) else [dict(text=content)]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if all(isinstance(text, str) for text in texts) and "".join(texts).strip():
-        return "".join(texts)
 
 SPELLED = "\ufdd0", "\ufdd1"  # around what is tokenized as text: no characters, so in no text
 
@@ -1907,17 +1895,15 @@ def render(tokenizer, messages, response=None):
     first, last = SPELLED
     marked = [m | dict(content=tokenizer.specials.sub(rf"{first}\g<0>{last}", m["content"]))
               for m in messages]
-    start, end = [], []
     if tokenizer.chat_template:
         text = templated(tokenizer, marked, wants_answer)
     else:
         separator = f" {tokenizer.sep_token} " if tokenizer.sep_token else "\n"
         text = separator.join(m["content"] for m in marked) + separator * wants_answer
-        start, end = frame(tokenizer)
-    ids = []
+    start, end = frame(tokenizer)
+    ids = start
     for i, piece in enumerate(re.split("|".join(SPELLED), text)):  # spelled ones have odd numbers
         ids += tokenize(tokenizer, piece, goes_on=i > 0, split_special_tokens=i % 2 == 1)
-    ids = start + ids
     if not wants_answer:  # an answer never follows an end token
         ids += end
     largest = max(ids, default=0)
@@ -1947,8 +1933,9 @@ def tokenize(tokenizer, text, goes_on=False, **how):
     return ids_of(text)
 
 def frame(tokenizer):
-    """The special tokens that a tokenizer puts before a text and behind it."""
-    ids = tokenizer("")["input_ids"]
+    """The special tokens that a tokenizer puts before a text and behind it; a template has its
+    own."""
+    ids = [] if tokenizer.chat_template else tokenizer("")["input_ids"]
     n = int(ids[:1] in ([tokenizer.bos_token_id], [tokenizer.cls_token_id]))
     return ids[:n], ids[n:]
 
@@ -1958,9 +1945,9 @@ def turn_end(tokenizer):
         return None
     answer = SPELLED[0]  # in no template
     turns = [dict(role="user", content="x"), dict(role="assistant", content=answer)]
-    _, found, rest = templated(tokenizer, turns, False).rpartition(answer)
+    rest = templated(tokenizer, turns, False).partition(answer)[2]
     ids = tokenize(tokenizer, rest, goes_on=True)
-    if found and ids and ids[0] in tokenizer.all_special_ids:
+    if ids and ids[0] in tokenizer.all_special_ids:
         return ids[0]
 
 # --------------------------------------------------------------------------------------------------
