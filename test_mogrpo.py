@@ -2292,7 +2292,7 @@ def test_share_kept():
 @cases("kind, other, old_names", [
     ("llama", dict(rope_theta=5e5), dict(rope_theta=5e5, rope_scaling=None)),
     ("llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=7e4)),
-     dict(rope_theta=7e4, rope_scaling=dict(rope_type="linear", factor=2.0))),
+     dict(rope_theta=7e4, rope_scaling=dict(rope_type="linear", factor=2.0, rope_theta=7e4))),
     ("gemma3_text", {}, dict(rope_theta=1e6, rope_local_base_freq=1e4)),
     ("gpt2", {}, {}),
 ])
