@@ -116,6 +116,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")  # one GPU a process: see `join
 device_tensor = partial(torch.tensor, device=DEVICE)
 at_least_float32 = partial(torch.promote_types, torch.float32)  # a dtype -> the dtype of its sums
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
+TODAY = datetime.now().date().isoformat()
 
 @dataclass
 class Config:
@@ -170,10 +171,9 @@ class Config:
                                   # which torchrun waits 30 s: give it --shutdown-timeout)
     resume: bool = False          # continue from out_dir/checkpoint
     seed: int = 0                 # order of prompts and every sampled token
-    day: str = ""                 # YYYY-MM-DD that chat templates tell; empty: that of the start
+    day: str = TODAY              # YYYY-MM-DD that chat templates tell
 
     def __post_init__(self):
-        self.day = self.day or TODAY
         check_flags(self)
 
 # --------------------------------------------------------------------------------------------------
@@ -1082,15 +1082,14 @@ def attend(module, query, key, value, attention_mask, segments=(), cache=None, s
     the rows of each segment and put together again; a cache keeps its keys and values. Without
     segments: one token of each row in the cache."""
     assert softcap is None, "it caps its attention"
-    heads = query.shape[1] // key.shape[1]  # query heads that share a key's
+    how = dict(window=sliding_window, scaling=scaling)
     if not segments:
         key, value = cache.append(module.layer_idx, key, value)
-        mask = cache.masks(heads, sliding_window, query.dtype)
-        return attention(query, key, value, mask, scaling), None
+        return attention(query, key, value, cache.masks, **how), None
     mixed = torch.zeros_like(query[0].transpose(0, 1))  # [M, heads, d]
     for s in segments:
         rows = take_rows(query, s.query_BT), take_rows(key, s.key_BS), take_rows(value, s.key_BS)
-        mixed_BThd = attention(*rows, s.masks(heads, sliding_window, query.dtype), scaling)
+        mixed_BThd = attention(*rows, s.masks, **how)
         mixed.index_copy_(0, s.query_BT.flatten(), mixed_BThd.flatten(0, 1))
     if cache is not None:  # each of its rows gets its prompt's
         cache[module.layer_idx] = [take_rows(x, cache.place_RS).contiguous() for x in (key, value)]
@@ -1102,10 +1101,11 @@ def take_rows(x, numbers_BT):
     rows = x[0].index_select(1, numbers_BT.flatten()).unflatten(1, numbers_BT.shape)
     return rows.transpose(0, 1)
 
-def attention(query, key, value, mask, scaling):
+def attention(query, key, value, masks, window, scaling):
     """[B, heads, T, d] -> [B, T, heads, d]. Query heads that share a key's are taken as one head of
     more queries, so that no key is copied; the mask is repeated for them."""
     B, heads, T, d = query.shape
+    mask = masks(heads // key.shape[1], window, query.dtype)
     query = query.reshape(B, key.shape[1], -1, d)  # [B, heads of keys, so many queries, d]
     # Fused: bfloat16's products are not rounded before the softmax
     mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
@@ -1193,7 +1193,7 @@ def choose_way(policy, cfg):
             differ = gap(torch.stack([packed_PTV, decoded_PTV]))
             reason = f"ours differ by {differ:.2g}, its own two ways by {e:.2g}"
             if USE_GRAPHS:
-                try_recording(lambda: decode(policy, cache, token_P, temperature))
+                try_recording(lambda: decode(policy, cache, tokens_PT[:, 0], temperature))
         except Exception as error:  # models of others fail in any way they like
             differ, reason = math.inf, f"ours fail: {last_line(error)}"
     is_equal = all(collect([differ <= 2 * e + 1e-5]))
@@ -1592,8 +1592,6 @@ def recomputed(forward):
     """`forward`, run again in the backward pass."""
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
-TODAY = datetime.now().date().isoformat()
-
 def load(auto_class, path, day="", **head):
     """An `auto_class` model of a folder or hub id, on the meta device until `shard` or
     `load_weights` reads its weights; its attribute `tokenizer`. `head`: config values of a fresh
@@ -1613,7 +1611,7 @@ def load(auto_class, path, day="", **head):
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
     # From the first special token that a text spells out to the last: see `render`
     words = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    special = "|".join(sorted(words, key=len, reverse=True)) or "(?!)"  # that matches nothing
+    special = "|".join(sorted(words, reverse=True)) or "(?!)"  # longer ones first; or no match
     tokenizer.specials = re.compile(f"(?s)({special})(.*({special}))?")
     tokenizer.rows = getattr(config.get_text_config(), "vocab_size", math.inf)
     # Some templates tell the date, by a call of strftime_now
@@ -1806,15 +1804,15 @@ def lock(out_dir):
     path = f"{out_dir}.lock"
     if IS_FIRST:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        LOCKS.append(open(path, "w"))
+        file = open(path, "w")
+        LOCKS.append(file)
         try:
-            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             die(f"{out_dir}: another run writes there and has locked {path}")
         except OSError:
             pass  # a file system without locks
-        LOCKS[-1].write(str(time.time()))  # of this run, and no other
-        LOCKS[-1].flush()
+        print(time.time(), file=file, flush=True)  # of this run, and no other
     dist.barrier()
     seen = open(path).read() if os.path.exists(path) else None
     require(len(set(collect([seen]))) == 1, f"{path} is not the same file for all processes: "
@@ -2022,13 +2020,10 @@ def is_number(x):
     spelling = r"\s*[-+]?(\d{1,20}\.?\d*|\.\d+)(e[-+]?\d\d?)?\s*"  # too short for infinity
     return re.fullmatch(spelling, str(x), re.I)
 
-WARNINGS = set()
-
+@lru_cache
 def warn(message):
-    """Say it the first time."""
-    if message not in WARNINGS:
-        WARNINGS.add(message)
-        say(f"warning: {message}")
+    """Say it the first time: the cache has it then."""
+    say(f"warning: {message}")
 
 def say(message):
     """Print once, not once a process, and without tearing a progress bar."""

@@ -299,7 +299,7 @@ def end_run():
     for lock in mogrpo.LOCKS:
         lock.close()
     mogrpo.STOPS.clear()
-    mogrpo.WARNINGS.clear()
+    mogrpo.warn.cache_clear()
     for name, of_a_rule in list(sys.modules.items()):
         if str(getattr(of_a_rule, "__file__", "")).startswith(os.getcwd()):
             del sys.modules[name]
