@@ -367,9 +367,10 @@ def token_logp(logits_NV, targets_N):
 
 def rollout(policy, prompts, stream, group_size, cfg):
     """Sample `group_size` responses to each of some prompts (dicts of `load_prompts`) -> B rows in
-    prompt order: dicts of prompt (that dict), response (token ids), text, truncated (it has no end
-    token), sampler_logp (of each token). Every process must call it, even with no prompts. The same
-    `stream`, (seed, step) in training, gives a prompt the same responses."""
+    prompt order: dicts of prompt (that dict), response (token ids), text, tokens (their number),
+    truncated (it has no end token), sampler_logp (of each token). Every process must call it, even
+    with no prompts. The same `stream`, (seed, step) in training, gives a prompt the same
+    responses."""
     rows = []
     asked = [(prompt, g) for prompt in prompts for g in range(group_size)]
     at_once = max(1, cfg.sample_rows // group_size) * group_size  # whole groups
@@ -385,8 +386,9 @@ def rollout(policy, prompts, stream, group_size, cfg):
             responses, logps = sampler(policy, prompt_ids, u_BT, cfg.temperature)
             texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
             for (prompt, _), response, text, logp_T in zip(some, responses, texts, logps):
-                rows.append(dict(prompt=prompt, response=response, text=text, sampler_logp=logp_T,
-                                 truncated=response[-1] not in policy.eos))
+                rows.append(dict(
+                    prompt=prompt, response=response, text=text, tokens=len(response),
+                    truncated=response[-1] not in policy.eos, sampler_logp=logp_T))
     heed_signals()  # raises Stopped if a signal has come: half-finished rows are not returned
     return rows
 
@@ -481,7 +483,7 @@ def micro_batches(run, rows, advantages_B):
     tokens, as many on every process, each with a row at least; and the step's counts of responses,
     tokens and truncated responses, over all processes."""
     cfg = run.cfg
-    lengths_B = torch.tensor([len(row["response"]) for row in rows])
+    lengths_B = torch.tensor([row["tokens"] for row in rows])
     counts = total(dict(responses=len(rows), tokens=lengths_B.sum(),
                         truncated=sum(row["truncated"] for row in rows)))
     shares_B = token_shares(lengths_B, counts, cfg)
@@ -842,7 +844,7 @@ def load_rules(path, prompt):
         module = import_file(path)
         rules.sees_groups = hasattr(module, "group_scores")
         rules.function = module.group_scores if rules.sees_groups else module.scores
-        row = dict(prompt=prompt, response=[], text="", truncated=False)
+        row = dict(prompt=prompt, text="", tokens=0, truncated=False)
         [call] = calls_of(rules, [[row]])
         answer = call()
         rules.axes = list(answer[0] if rules.sees_groups else answer)  # in the order of its dict
@@ -865,13 +867,12 @@ def calls_of(rules, units):
     function says of it, or raises what it raises."""
     calls = []
     for unit in units:
-        texts = [row["text"] for row in unit]
-        tokens = [len(row["response"]) for row in unit]
-        truncated = [row["truncated"] for row in unit]
-        if not rules.sees_groups:
-            [texts], [tokens], [truncated] = texts, tokens, truncated
-        record = unit[0]["prompt"]["record"] | dict(tokens=tokens, truncated=truncated)
-        calls.append(partial(rules.function, record, texts))
+        seen = {}  # of a group: lists
+        for key in ("text", "tokens", "truncated"):
+            values = [row[key] for row in unit]
+            seen[key] = values if rules.sees_groups else values[0]
+        text = seen.pop("text")
+        calls.append(partial(rules.function, unit[0]["prompt"]["record"] | seen, text))
     if inspect.iscoroutinefunction(rules.function):  # a judge behind a server: all at once
         calls = RUNNER.run(finished(calls))  # they return or raise what is known now
     return calls
@@ -968,15 +969,14 @@ def load_policy(path, day=""):
     # Instruct models name several end tokens, in several places
     eos = policy.generation.eos_token_id  # a number, a list or nothing
     eos = eos if isinstance(eos, list) else [eos]
-    eos = {*eos, policy.tokenizer.eos_token_id} - {None}
+    named = {*eos, policy.tokenizer.eos_token_id, None}
     # And some name another one than that by which their template closes a turn (base models)
     end = turn_end(policy.tokenizer)
-    if end not in (None, *eos):
-        eos.add(end)
-        policy.generation.eos_token_id = sorted(eos)  # others must stop there, too
+    policy.eos = sorted({*named, end} - {None})
+    if end not in named:
+        policy.generation.eos_token_id = policy.eos  # others must stop there, too
         warn(f"{path}: its template closes a turn with {policy.tokenizer.decode([end])!r}, which "
              "its configs do not name as an end token: it is taken for one, too")
-    policy.eos = sorted(eos)
     return policy
 
 def reference_logp(run, batch):
@@ -1360,7 +1360,7 @@ def packed_together(rows, cfg):
     as its longest."""
     lengths = []
     for group in groups_of(rows):
-        widths = [len(row["prompt"]["ids"]) + len(row["response"]) for row in group]
+        widths = [len(row["prompt"]["ids"]) + row["tokens"] for row in group]
         lengths += [max(widths)] * len(widths)
     return by_length(lengths, cfg.micro_tokens)
 
@@ -1424,7 +1424,7 @@ def log_samples(run, step, rows, scores_BK, heldout):
         prompt = row["prompt"]
         logged.append(dict(step=step, heldout=heldout, tag=prompt["tag"], index=prompt["index"],
                            messages=prompt["messages"], response=row["text"],
-                           tokens=len(row["response"]), scores=dict(zip(run.axes, scores_K))))
+                           tokens=row["tokens"], scores=dict(zip(run.axes, scores_K))))
     for row in sum(collect([logged]), []):  # process after process
         write_row(run, "samples.jsonl", row)
 
@@ -1432,9 +1432,8 @@ def log_step(run, step, metrics):
     """A step's metrics into metrics.jsonl, and a line on the terminal."""
     seconds = sum(run.seconds.values())
     tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size  # of all processes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the host; Linux: KiB
-    if CUDA:
-        peak = torch.cuda.max_memory_allocated()
+    host_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
+    peak = torch.cuda.max_memory_allocated() if CUDA else 1024 * host_kb
     write_row(run, "metrics.jsonl", {"step": step, **metrics, "tok_per_s": tokens / seconds,
                                      "peak_gb": peak / 2**30})
     if IS_FIRST:  # a resumed run cuts off what comes after
@@ -1773,6 +1772,8 @@ def load_checkpoint(out_dir, model, optimizer, state):
     try:
         stored = json.load(open(f"{folder}/state.json"))
         assert len(os.listdir(folder)) > stored.pop("files"), "a file is missing"
+        require(stored["texts"] == state["texts"], f"--resume: {out_dir} began with other prompts "
+                "(or ratings), or another chat template")
         named = trained_tensors(model, optimizer, stored["updates"])
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=True)
     except (Exception, dcp.CheckpointException) as e:  # files fail in any way they like
@@ -1824,10 +1825,7 @@ def open_out_dir(cfg, model, optimizer, state):
     lock(cfg.out_dir)
     if cfg.resume:
         require(find_checkpoint(cfg.out_dir), f"--resume: there is no checkpoint in {cfg.out_dir}")
-        texts = state["texts"]
         load_checkpoint(cfg.out_dir, model, optimizer, state)
-        require(texts == state["texts"], f"--resume: {cfg.out_dir} began with other prompts (or "
-                "ratings), or another chat template")
         say(f"resuming {cfg.out_dir} after {state['updates']} updates")
     elif IS_FIRST:
         set_aside(cfg.out_dir)

@@ -806,7 +806,8 @@ def test_micro_batches(world):
     """The budget is kept, each row comes once."""
     prompt = dict(ids=[9] * 5)
     rows = [
-        dict(prompt=prompt, response=[i] * n, sampler_logp=torch.zeros(n), truncated=i > 1)
+        dict(prompt=prompt, response=[i] * n, tokens=n, truncated=i > 1,
+             sampler_logp=torch.zeros(n))
         for i, n in enumerate([3, 9, 2, 11, 5, 5, 1, 7])
     ]
     for budget in (1, 30, 64, 1000):
