@@ -711,7 +711,7 @@ def positions_of(model):
         return rope.get("original_max_position_embeddings") or config.max_position_embeddings
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     for module in model.modules():  # RoBERTa and its kin count from behind the pad token's number
-        is_theirs = getattr(module, "num_embeddings", 0) == positions
+        is_theirs = isinstance(module, nn.Embedding) and module.num_embeddings == positions
         if is_theirs and module.padding_idx is not None:
             positions -= 1 + module.padding_idx
     return positions
