@@ -114,8 +114,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")  # one GPU a process: see `join_world`
+device_tensor = partial(torch.tensor, device=DEVICE)
 at_least_float32 = partial(torch.promote_types, torch.float32)  # a dtype -> the dtype of its sums
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
+TODAY = datetime.now().date().isoformat()
 
 @dataclass
 class Config:
@@ -170,10 +172,9 @@ class Config:
                                   # which torchrun waits 30 s: give it --shutdown-timeout)
     resume: bool = False          # continue from out_dir/checkpoint
     seed: int = 0                 # order of prompts and every sampled token
-    day: str = ""                 # YYYY-MM-DD that chat templates tell; empty: that of the start
+    day: str = TODAY              # YYYY-MM-DD that chat templates tell
 
     def __post_init__(self):
-        self.day = self.day or TODAY
         check_flags(self)
 
 # --------------------------------------------------------------------------------------------------
@@ -304,13 +305,12 @@ def pick(logits_BV, u_B):
 
 @torch.no_grad()
 def sample(policy, prompts, u_BT, temperature):
-    """G responses to each of P prompts (here: lists of token ids), in prompt order -> B token
-    lists, each up to and including its end token or cut at T; their log-probs under the sampler, B
-    tensors on the CPU. The library's `generate` runs the model, whatever its cache, masks and
-    logits are. It does greedy search, but over logits that we change: `draw` samples a token and
-    sets the logits of all others to -inf, so that greedy search must take it."""
+    """A response to each of B prompts (here: lists of token ids) -> B token lists, each up to and
+    including its end token or cut at T; their log-probs under the sampler, B tensors on the CPU.
+    The library's `generate` runs the model, whatever its cache, masks and logits are. It does
+    greedy search, but over logits that we change: `draw` samples a token and sets the logits of all
+    others to -inf, so that greedy search must take it."""
     B, T = u_BT.shape
-    repeated = [prompt for prompt in prompts for _ in range(B // len(prompts))]
     logps = []  # logp_B of each new token
 
     def draw(ids_BS, logits_BV):
@@ -324,7 +324,7 @@ def sample(policy, prompts, u_BT, temperature):
         return torch.full((B,), must_stop(), device=DEVICE)
 
     ids_BS = policy.generate(
-        **batch_of(policy, repeated), logits_processor=[draw], stopping_criteria=[stop],
+        **batch_of(policy, prompts), logits_processor=[draw], stopping_criteria=[stop],
         do_sample=False, max_new_tokens=T, eos_token_id=policy.eos, pad_token_id=0)
     return up_to_end(ids_BS[:, -len(logps):], torch.stack(logps, 1), policy.eos)
 
@@ -341,8 +341,7 @@ def up_to_end(tokens_BT, logp_BT, eos):
 def plain_logits(policy, pairs):
     """The logits that predict the response tokens of (prompt_ids, response_ids) pairs -> logits_NV.
     Rows are padded on the right, where a causal model never looks."""
-    ids = [torch.tensor(prompt + response, device=DEVICE) for prompt, response in pairs]
-    ids_BS = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    ids_BS = padded([prompt + response for prompt, response in pairs])
     logits_BSV = policy(input_ids=ids_BS, use_cache=False).logits
     logits = []
     for (prompt, response), logits_SV in zip(pairs, logits_BSV):
@@ -350,13 +349,18 @@ def plain_logits(policy, pairs):
         logits.append(logits_SV[first:first + len(response)])
     return torch.cat(logits)
 
+def padded(rows):
+    """Lists of whole numbers as one tensor, with 0 behind the shorter ones."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(DEVICE)
+
 def response_logp(policy, pairs, temperature):
     """Log-probs of all response tokens of the pairs, at the sampler's temperature -> logp_N."""
-    if policy.fast:
-        return fast_logp(policy, pairs, temperature)
+    if policy.fast:  # a list of pairs in a namespace: FSDP would look for tensors, token by token
+        return policy.packed_logp(SimpleNamespace(pairs=pairs), temperature)
     targets = [token for _, response in pairs for token in response]
     logits_NV = plain_logits(policy, pairs) / temperature
-    return token_logp(logits_NV, torch.tensor(targets, device=DEVICE))
+    return token_logp(logits_NV, device_tensor(targets))
 
 def token_logp(logits_NV, targets_N):
     logits_NV = logits_NV.to(at_least_float32(logits_NV.dtype))
@@ -364,26 +368,28 @@ def token_logp(logits_NV, targets_N):
 
 def rollout(policy, prompts, stream, group_size, cfg):
     """Sample `group_size` responses to each of some prompts (dicts of `load_prompts`) -> B rows in
-    prompt order: dicts of prompt (that dict), response (token ids), text, truncated (it has no end
-    token), sampler_logp (of each token). Every process must call it, even with no prompts. The same
-    `stream`, (seed, step) in training, gives a prompt the same responses."""
+    prompt order: dicts of prompt (that dict), response (token ids), text, tokens (their number),
+    truncated (it has no end token), sampler_logp (of each token). Every process must call it, even
+    with no prompts. The same `stream`, (seed, step) in training, gives a prompt the same
+    responses."""
     rows = []
+    asked = [(prompt, g) for prompt in prompts for g in range(group_size)]
+    at_once = max(1, cfg.sample_rows // group_size) * group_size  # whole groups
     sampler = fast_sample if policy.fast else sample
-    prompts_at_once = max(1, cfg.sample_rows // group_size)
     with gathered(policy):
-        for first in range(0, len(prompts), prompts_at_once):
-            some = prompts[first:first + prompts_at_once]
-            keys = [(*stream, prompt["index"], g) for prompt in some for g in range(group_size)]
+        for first in range(0, len(asked), at_once):
+            some = asked[first:first + at_once]
+            keys = [(*stream, prompt["index"], g) for prompt, g in some]
             u_BT = uniforms(keys, cfg.max_new_tokens)
             if cfg.temperature < 1e-20:  # eval.py's 0: of several likeliest tokens the first
                 u_BT.zero_()
-            prompt_ids = [prompt["ids"] for prompt in some]
+            prompt_ids = [prompt["ids"] for prompt, _ in some]
             responses, logps = sampler(policy, prompt_ids, u_BT, cfg.temperature)
             texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
-            for b, response in enumerate(responses):
+            for (prompt, _), response, text, logp_T in zip(some, responses, texts, logps):
                 rows.append(dict(
-                    prompt=some[b // group_size], response=response, text=texts[b],
-                    truncated=response[-1] not in policy.eos, sampler_logp=logps[b]))
+                    prompt=prompt, response=response, text=text, tokens=len(response),
+                    truncated=response[-1] not in policy.eos, sampler_logp=logp_T))
     heed_signals()  # raises Stopped if a signal has come: half-finished rows are not returned
     return rows
 
@@ -452,7 +458,7 @@ def micro_batches(run, rows, advantages_B):
     tokens, as many on every process, each with a row at least; and the step's counts of responses,
     tokens and truncated responses, over all processes."""
     cfg = run.cfg
-    lengths_B = torch.tensor([len(row["response"]) for row in rows])
+    lengths_B = torch.tensor([row["tokens"] for row in rows])
     counts = total(dict(responses=len(rows), tokens=lengths_B.sum(),
                         truncated=sum(row["truncated"] for row in rows)))
     shares_B = token_shares(lengths_B, counts, cfg)
@@ -606,49 +612,55 @@ def setup(cfg):
     its input leaves no trace."""
     require(cfg.prompts and (cfg.reward_model or cfg.rules),
             "give --prompts=FILE.jsonl, and --reward_model=DIR or --rules=FILE.py or both")
-    rank, world, dtype = join_world(cfg.dtype)
-    mesh = device_mesh(cfg.hsdp)  # one for all models
+    run = SimpleNamespace(cfg=cfg, reference=None, seconds=defaultdict(float))
+    run.experience = experience
+    run.combine = COMBINE[cfg.combine]
+    run.update = grpo_update
+    run.objective = objective
+    run.rank, run.world, run.dtype = join_world(cfg.dtype)
+    run.mesh = device_mesh(cfg.hsdp)  # one for all models
     policy = load_policy(cfg.policy, cfg.day)  # `shard` will read its weights
+    run.policy = run.trained = policy
     set_threads(policy)  # on a CPU
     torch.manual_seed(cfg.seed)  # a LoRA adapter starts at random
     if cfg.lora_rank > 0:
         add_lora(policy, cfg.lora_rank, cfg.lora_alpha)
 
     # What is cheap to check comes first
-    prompts, heldout = split_prompts(cfg, policy)
-    require(len(prompts) >= cfg.prompts_per_step >= world, f"{cfg.prompts}: there must be at least "
-            f"as many prompts to train on ({len(prompts)} prompts here) as "
-            f"--prompts_per_step={cfg.prompts_per_step}, and these as processes ({world})")
-    rules = load_rules(cfg.rules, prompts[0])
-    truth = load_rules(cfg.truth, prompts[0])
-    reward_models = load_reward_models(cfg.reward_model, cfg.day)
-    for reward_model in reward_models:
-        most = reward_model.tokenizer.model_max_length
-        long = sum(len(prompt["ids"]) + cfg.max_new_tokens > most for prompt in prompts)
+    prompts, run.heldout = split_prompts(cfg, policy)
+    run.prompts = prompts
+    require(len(prompts) >= cfg.prompts_per_step >= run.world, f"{cfg.prompts}: there must be at "
+            f"least as many prompts to train on ({len(prompts)} prompts here) as "
+            f"--prompts_per_step={cfg.prompts_per_step}, and these as processes ({run.world})")
+    run.rules = load_rules(cfg.rules, prompts[0])
+    run.truth = load_rules(cfg.truth, prompts[0])
+    run.reward_models = load_reward_models(cfg.reward_model, cfg.day)
+    for reward_model in run.reward_models:
+        most = reward_model.tokenizer.model_max_length - cfg.max_new_tokens
+        long = sum(len(prompt["ids"]) > most for prompt in prompts)  # in the policy's tokens
         if long > 0:
-            warn(f"{reward_model.name_or_path} reads {most} tokens: with {long} of {len(prompts)} "
-                 "prompts a long response would be read without their beginning")
-    axes = axes_of(reward_models, rules)  # K names
-    weight_of = axis_numbers("weights", cfg.weights, axes, 1e6)
-    weights_K = torch.tensor([weight_of.get(axis, 1.0) for axis in axes])
-    require(weights_K.sum() > 0, f"--weights={cfg.weights}: all axes weigh 0, or there is none")
+            warn(f"{reward_model.name_or_path}: with {long} of {len(prompts)} prompts a long "
+                 "response would be read without their beginning")
+    run.axes = axes_of(run.reward_models, run.rules)  # K names
+    weight_of = axis_numbers("weights", cfg.weights, run.axes, 1e6)
+    run.weights_K = torch.tensor([weight_of.get(axis, 1.0) for axis in run.axes])
+    require(run.weights_K.sum() > 0, f"--weights={cfg.weights}: all axes weigh 0, or there is none")
 
     # The policy in training, and its frozen start as reference. With LoRA the reference is the
     # policy without its adapter: no memory of its own. With beta = 0 there is none
-    shard(policy, dtype, cfg.recompute, mesh)
+    shard(policy, run.dtype, cfg.recompute, run.mesh)
     choose_way(policy, cfg)  # the fast one, or the library's own
-    reference = None
     if cfg.beta > 0 and cfg.lora_rank == 0:
-        reference = shard(load_policy(cfg.policy).requires_grad_(False), dtype, mesh=mesh)
+        reference = load_policy(cfg.policy).requires_grad_(False)
+        run.reference = shard(reference, run.dtype, mesh=run.mesh)
         go(reference, policy.fast)
-    for reward_model in reward_models:
-        shard(reward_model, dtype, mesh=mesh)
-    state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, before={}, log_sizes={},
-                 texts=fingerprint([prompt["ids"] for prompt in prompts + heldout]))
-    return Run(cfg, rank, world, dtype, mesh, policy, reference, reward_models, rules, truth, axes,
-               weights_K, prompts, heldout, make_optimizer(policy, cfg), trained=policy,
-               state=state, seconds=defaultdict(float), experience=experience,
-               combine=COMBINE[cfg.combine], update=grpo_update, objective=objective)
+    for reward_model in run.reward_models:
+        shard(reward_model, run.dtype, mesh=run.mesh)
+    run.optimizer = make_optimizer(policy, cfg)
+    texts = fingerprint([prompt["ids"] for prompt in prompts + run.heldout])
+    run.state = dict(step=0, updates=0, skipped=0, skipped_in_a_row=0, first={}, log_sizes={},
+                     texts=texts)
+    return Run(**vars(run))
 
 def fingerprint(ids):
     """A number by which --resume knows the texts that a run began with."""
@@ -688,11 +700,11 @@ def load_prompts(path, policy, cfg):
     spelled = []  # where special tokens are spelled out
     for index, (where, record) in enumerate(read_jsonl(path)):
         messages = conversation(where, record)
-        ids = render(policy.tokenizer, messages)
         tag = record.get("tag")
+        ids = render(policy.tokenizer, messages)
         if 0 < len(ids) <= longest:
             prompts.append(dict(record=record, where=where, messages=messages, index=index, ids=ids,
-                                tag=tag if tag is None else str(tag)))
+                                tag=tag if tag is None else str(tag)))  # 0 is one
         if any(policy.tokenizer.specials.search(m["content"]) for m in messages):
             spelled.append(where)
     if spelled:
@@ -714,8 +726,9 @@ def positions_of(model):
         return rope.get("original_max_position_embeddings") or config.max_position_embeddings
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     for module in model.modules():  # RoBERTa and its kin count from behind the pad token's number
-        if isinstance(module, nn.Embedding) and module.num_embeddings == positions:
-            positions -= 1 + (-1 if module.padding_idx is None else module.padding_idx)
+        is_theirs = isinstance(module, nn.Embedding) and module.num_embeddings == positions
+        if is_theirs and module.padding_idx is not None:
+            positions -= 1 + module.padding_idx
     return positions
 
 def split_prompts(cfg, policy):
@@ -793,7 +806,7 @@ def encode(reward_model, texts):
     tokenizer = reward_model.tokenizer
     most = tokenizer.model_max_length
     rows = [render(tokenizer, *text) for text in texts]
-    start = [] if tokenizer.chat_template else frame(tokenizer)[0]
+    start, _ = frame(tokenizer)
     cut = [n for n, row in enumerate(rows) if len(row) > most]
     for n in cut:
         rows[n] = start + rows[n][len(rows[n]) - most + len(start):]
@@ -847,7 +860,7 @@ def load_rules(path, prompt):
         module = import_file(path)
         rules.sees_groups = hasattr(module, "group_scores")
         rules.function = module.group_scores if rules.sees_groups else module.scores
-        row = dict(prompt=prompt, response=[], text="", truncated=False)
+        row = dict(prompt=prompt, text="", tokens=0, truncated=False)
         [call] = calls_of(rules, [[row]])
         answer = call()
         rules.axes = list(answer[0] if rules.sees_groups else answer)  # in the order of its dict
@@ -870,20 +883,19 @@ def calls_of(rules, units):
     function says of it, or raises what it raises."""
     calls = []
     for unit in units:
-        texts = [row["text"] for row in unit]
-        tokens = [len(row["response"]) for row in unit]
-        truncated = [row["truncated"] for row in unit]
-        if not rules.sees_groups:
-            [texts], [tokens], [truncated] = texts, tokens, truncated
-        record = unit[0]["prompt"]["record"] | dict(tokens=tokens, truncated=truncated)
-        calls.append(partial(rules.function, record, texts))
+        seen = {}  # of a group: lists
+        for key in ("text", "tokens", "truncated"):
+            values = [row[key] for row in unit]
+            seen[key] = values if rules.sees_groups else values[0]
+        text = seen.pop("text")
+        calls.append(partial(rules.function, unit[0]["prompt"]["record"] | seen, text))
     if inspect.iscoroutinefunction(rules.function):  # a judge behind a server: all at once
-        global LOOP  # one for the whole run: clients of servers and semaphores belong to a loop
-        LOOP = LOOP or asyncio.new_event_loop()
-        calls = LOOP.run_until_complete(finished(calls))  # they return or raise what is known now
+        calls = RUNNER.run(finished(calls))  # they return or raise what is known now
     return calls
 
-LOOP = None
+# Starts an event loop when it is needed, the same for the whole run: clients of servers and
+# semaphores belong to a loop
+RUNNER = asyncio.Runner()
 
 async def finished(calls):
     tasks = [asyncio.create_task(call()) for call in calls]
@@ -905,10 +917,9 @@ def rule_scores(rules, rows):
     """The rules' scores of the rows of `rollout` -> scores_BK; nan or None: an axis has nothing to
     say about a response. Where the rules fail, a response has no score on any of their axes, and it
     is told; where they fail on all of the step's, the run ends. Every process must call it."""
-    def unit_of(row):  # what the function sees at a time
-        return id(row["prompt"] if rules.sees_groups else row)
-
-    units = [list(unit) for _, unit in groupby(rows, unit_of)]
+    units = [[row] for row in rows]  # what the function sees at a time
+    if rules.sees_groups:
+        units = groups_of(rows)
     scores = []
     failures = []
     for unit, call in zip(units, calls_of(rules, units)):
@@ -974,15 +985,14 @@ def load_policy(path, day=""):
     # Instruct models name several end tokens, in several places
     eos = policy.generation.eos_token_id  # a number, a list or nothing
     eos = eos if isinstance(eos, list) else [eos]
-    eos = {*eos, policy.tokenizer.eos_token_id} - {None}
+    named = {*eos, policy.tokenizer.eos_token_id, None}
     # And some name another one than that by which their template closes a turn (base models)
     end = turn_end(policy.tokenizer)
-    if end not in (None, *eos):
-        eos.add(end)
-        policy.generation.eos_token_id = sorted(eos)  # others must stop there, too
+    policy.eos = sorted({*named, end} - {None})
+    if end not in named:
+        policy.generation.eos_token_id = policy.eos  # others must stop there, too
         warn(f"{path}: its template closes a turn with {policy.tokenizer.decode([end])!r}, which "
              "its configs do not name as an end token: it is taken for one, too")
-    policy.eos = sorted(eos)
     return policy
 
 def reference_logp(run, batch):
@@ -995,10 +1005,6 @@ def reference_logp(run, batch):
         logp_N = response_logp(run.reference or run.policy, batch.pairs, run.cfg.temperature)
     run.policy.adapted = True
     return logp_N
-
-def fast_logp(policy, pairs, temperature):
-    batch = SimpleNamespace(pairs=pairs)  # in a list FSDP would look for tensors, token by token
-    return policy.packed_logp(batch, temperature)
 
 def packed_logp(policy, batch, temperature):
     """logp_N by a row without padding in which neighbours share their prompt, and by logits that
@@ -1061,18 +1067,14 @@ def layout(pairs):
         responses.append((seen[len(prompt):], seen))
         predictors += seen[len(prompt) - 1:]  # the prompt's last predicts the first
         targets += response
-    position_M = torch.tensor(positions, device=DEVICE)
-    inputs = dict(input_ids=torch.tensor([ids], device=DEVICE), position_ids=position_M[None],
+    position_M = device_tensor(positions)
+    inputs = dict(input_ids=device_tensor([ids]), position_ids=position_M[None],
                   segments=[segment(prompts, position_M), segment(responses, position_M)])
-    return inputs, torch.tensor(predictors, device=DEVICE), torch.tensor(targets, device=DEVICE)
+    return inputs, device_tensor(predictors), device_tensor(targets)
 
 def segment(texts, position_M):
     """Where the tokens of B texts are in the row of M and where all that they see is, in the order
     of positions -> query_BT and key_BS, padded, and the masks between them."""
-    def padded(rows):
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(DEVICE)
-
     queries, keys = zip(*texts)
     query_BT = padded(queries)
     key_BS = padded(keys)
@@ -1096,15 +1098,14 @@ def attend(module, query, key, value, attention_mask, segments=(), cache=None, s
     the rows of each segment and put together again; a cache keeps its keys and values. Without
     segments: one token of each row in the cache."""
     assert softcap is None, "it caps its attention"
-    heads = query.shape[1] // key.shape[1]  # query heads that share a key's
+    how = dict(window=sliding_window, scaling=scaling)
     if not segments:
         key, value = cache.append(module.layer_idx, key, value)
-        mask = cache.masks(heads, sliding_window, query.dtype)
-        return attention(query, key, value, mask, scaling), None
+        return attention(query, key, value, cache.masks, **how), None
     mixed = torch.zeros_like(query[0].transpose(0, 1))  # [M, heads, d]
     for s in segments:
         rows = take_rows(query, s.query_BT), take_rows(key, s.key_BS), take_rows(value, s.key_BS)
-        mixed_BThd = attention(*rows, s.masks(heads, sliding_window, query.dtype), scaling)
+        mixed_BThd = attention(*rows, s.masks, **how)
         mixed.index_copy_(0, s.query_BT.flatten(), mixed_BThd.flatten(0, 1))
     if cache is not None:  # each of its rows gets its prompt's
         cache[module.layer_idx] = [take_rows(x, cache.place_RS).contiguous() for x in (key, value)]
@@ -1116,10 +1117,11 @@ def take_rows(x, numbers_BT):
     rows = x[0].index_select(1, numbers_BT.flatten()).unflatten(1, numbers_BT.shape)
     return rows.transpose(0, 1)
 
-def attention(query, key, value, mask, scaling):
+def attention(query, key, value, masks, window, scaling):
     """[B, heads, T, d] -> [B, T, heads, d]. Query heads that share a key's are taken as one head of
     more queries, so that no key is copied; the mask is repeated for them."""
     B, heads, T, d = query.shape
+    mask = masks(heads // key.shape[1], window, query.dtype)
     query = query.reshape(B, key.shape[1], -1, d)  # [B, heads of keys, so many queries, d]
     # Fused: bfloat16's products are not rounded before the softmax
     mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
@@ -1208,7 +1210,7 @@ def choose_way(policy, cfg):
             differ = gap(torch.stack([packed_PTV, decoded_PTV]))
             reason = f"ours differ by {differ:.2g}, its own two ways by {e:.2g}"
             if USE_GRAPHS:
-                try_recording(lambda: decode(policy, cache, token_P, temperature))
+                try_recording(lambda: decode(policy, cache, tokens_PT[:, 0], temperature))
         except Exception as error:  # models of others fail in any way they like
             differ, reason = math.inf, f"ours fail: {last_line(error)}"
     is_equal = all(collect([differ <= 2 * e + 1e-5]))
@@ -1250,14 +1252,15 @@ LOOK_EVERY = 64 if CUDA else 4  # tokens between two looks at which rows have en
 
 @torch.no_grad()
 def fast_sample(policy, prompts, u_BT, temperature):
-    """What `sample` does, but each prompt is read once for its group, rows leave when they have
-    ended, no address changes while tokens are decoded, and nothing waits for the GPU: so that a
-    turn can be recorded. Nothing is communicated, so processes may stop at different lengths."""
+    """What `sample` does, but neighbours whose prompt is the very same list read it once, rows
+    leave when they have ended, no address changes while tokens are decoded, and nothing waits for
+    the GPU: so that a turn can be recorded. Nothing is communicated, so processes may stop at
+    different lengths."""
     B, T = u_BT.shape
     u_BT = u_BT.to(DEVICE)
     logp_BT = torch.zeros_like(u_BT)
     tokens_BT = logp_BT.long()  # 0, until they are sampled
-    end_tokens = torch.tensor(policy.eos, device=DEVICE)
+    end_tokens = device_tensor(policy.eos)
     row_R = torch.arange(B, device=DEVICE)  # which of the B rows are still decoded: at first all
     # The turn is a tensor, since a recorded graph would not see a Python number change
     t_1 = torch.zeros(1, dtype=torch.long, device=DEVICE)
@@ -1272,8 +1275,7 @@ def fast_sample(policy, prompts, u_BT, temperature):
         t_1.add_(1)
         choose(logits_RV)
 
-    rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
-    logits_BV, cache = prefill(policy, rows, T, temperature)
+    logits_BV, cache = prefill(policy, prompts, T, temperature)
     choose(logits_BV)
     for t in range(1, T, LOOK_EVERY):
         has_ended_R = torch.isin(tokens_BT[row_R, :t], end_tokens).any(1)
@@ -1290,8 +1292,8 @@ def fast_sample(policy, prompts, u_BT, temperature):
     return up_to_end(tokens_BT, logp_BT, policy.eos)
 
 def prefill(policy, prompts, T, temperature):
-    """Read the prompts of B rows, those that are the very same list once -> logits_BV of what
-    follows, and the cache of the rows, with place for T new tokens."""
+    """Read B prompts, neighbours that are the very same list once -> logits_BV of what follows, and
+    the cache of the rows, with place for T new tokens."""
     inputs, last_B, _ = layout([(prompt, []) for prompt in prompts])
     place_RS = inputs["segments"].pop().key_BS  # of responses, which have no tokens yet
     cache = Cache()
@@ -1365,13 +1367,17 @@ def try_recording(step):
 # --------------------------------------------------------------------------------------------------
 # 4.5 The update: micro-batches
 
+def groups_of(rows):
+    """The rows of `rollout`, a list for each prompt."""
+    return [list(group) for _, group in groupby(rows, lambda row: id(row["prompt"]))]
+
 def packed_together(rows, cfg):
     """Which of the rows of `rollout` make a micro-batch -> lists of row numbers, each of at most
     `micro_tokens` tokens when padded. Most groups stay together, since all of a group count as long
     as its longest."""
     lengths = []
-    for _, group in groupby(rows, lambda row: id(row["prompt"])):
-        widths = [len(row["prompt"]["ids"]) + len(row["response"]) for row in group]
+    for group in groups_of(rows):
+        widths = [len(row["prompt"]["ids"]) + row["tokens"] for row in group]
         lengths += [max(widths)] * len(widths)
     return by_length(lengths, cfg.micro_tokens)
 
@@ -1435,7 +1441,7 @@ def log_samples(run, step, rows, scores_BK, heldout):
         prompt = row["prompt"]
         logged.append(dict(step=step, heldout=heldout, tag=prompt["tag"], index=prompt["index"],
                            messages=prompt["messages"], response=row["text"],
-                           tokens=len(row["response"]), scores=dict(zip(run.axes, scores_K))))
+                           tokens=row["tokens"], scores=dict(zip(run.axes, scores_K))))
     for row in sum(collect([logged]), []):  # process after process
         write_row(run, "samples.jsonl", row)
 
@@ -1443,9 +1449,8 @@ def log_step(run, step, metrics):
     """A step's metrics into metrics.jsonl, and a line on the terminal."""
     seconds = sum(run.seconds.values())
     tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size  # of all processes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the host; Linux: KiB
-    if CUDA:
-        peak = torch.cuda.max_memory_allocated()
+    host_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
+    peak = torch.cuda.max_memory_allocated() if CUDA else 1024 * host_kb
     write_row(run, "metrics.jsonl", {"step": step, **metrics, "tok_per_s": tokens / seconds,
                                      "peak_gb": peak / 2**30})
     if IS_FIRST:  # a resumed run cuts off what comes after
@@ -1463,9 +1468,8 @@ def log_step(run, step, metrics):
             f"{seconds:>7.2f}{left!s:>9}")
     for axis in run.axes:  # its mean score, and its share of what moves the policy
         cell = f"{metrics[f'score/{axis}']:.2f}{metrics[f'share/{axis}']:>5.0%}"
-        width = max(11, 1 + len(axis))
-        header += axis.rjust(width)
-        line += cell.rjust(width)
+        header += f" {axis:>10}"
+        line += f" {cell:>{max(10, len(axis))}}"  # as wide as its name
     if run.wants_header:
         say("\n" + header[:100])  # a line of a terminal; metrics.jsonl has the rest
     say(line[:100])
@@ -1494,14 +1498,13 @@ def evaluate(run, step):
     means = dict(zip(names, all_scores_PGE.nanmean((0, 1)).tolist()))  # nan: no answer has a score
     write_row(run, "metrics.jsonl", dict(step=step) | means)
 
-    before = run.state["before"]
-    say(f"\n{f'held out, step {step}':<26}{'before':>8}{'now':>8}")
+    say(f"\n{f'held out, step {step}':<26}{'first':>8}{'now':>8}")
     for name, mean in means.items():
-        say(f"  {name:<24}{before.get(name, '-'):>8}{mean:>8.3f}")
+        now = f"{mean:8.3f}"
+        first = run.state["first"].setdefault(name, now)  # text: nan is no JSON
+        say(f"  {name:<24}{first}{now}")
     for row in rows[::max(1, len(rows) // 3)][:3]:
         say(f"  > {row['prompt']['messages'][-1]['content']!r}\n    {row['text']!r}")
-    if step == 0:
-        before |= {name: f"{mean:.3f}" for name, mean in means.items()}
     run.wants_header = True
 
 def save_results(run):
@@ -1608,8 +1611,6 @@ def recomputed(forward):
     """`forward`, run again in the backward pass."""
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
-TODAY = datetime.now().date().isoformat()
-
 def load(auto_class, path, day="", **head):
     """An `auto_class` model of a folder or hub id, on the meta device until `shard` or
     `load_weights` reads its weights; its attribute `tokenizer`. `head`: config values of a fresh
@@ -1629,7 +1630,7 @@ def load(auto_class, path, day="", **head):
             f"{path}: its tokenizer has no words, or neither pad nor end-of-text token")
     # From the first special token that a text spells out to the last: see `render`
     words = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    special = "|".join(sorted(words, key=len, reverse=True)) or "(?!)"  # that matches nothing
+    special = "|".join(sorted(words, reverse=True)) or "(?!)"  # longer ones first; or no match
     tokenizer.specials = re.compile(f"(?s)({special})(.*({special}))?")
     tokenizer.rows = getattr(config.get_text_config(), "vocab_size", math.inf)
     # Some templates tell the date, by a call of strftime_now
@@ -1733,9 +1734,8 @@ def write_old_names(path):
         config["rope_local_base_freq"] = rope.get("sliding_attention", {}).get("rope_theta")
         rope = rope["full_attention"]
     if "rope_theta" in rope:
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        config["rope_theta"] = rope["rope_theta"]
-        config["rope_scaling"] = None if rope.get("rope_type") == "default" else scaling
+        config["rope_theta"] = rope["rope_theta"]  # it may stand in rope_scaling, too
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         write_text(path, json.dumps(config, indent=2))
 
 def put_in_place(path):
@@ -1756,7 +1756,7 @@ def trained_tensors(model, optimizer, updates):
     for name, p in model.named_parameters():
         if p.requires_grad:  # with LoRA the base is not in it
             moments = optimizer.state[p]
-            moments["step"] = torch.tensor(float(updates), device=DEVICE)
+            moments["step"] = device_tensor(float(updates))
             named[name] = p.detach()
             for kind in ("exp_avg", "exp_avg_sq"):
                 named[f"{name}.{kind}"] = moments.setdefault(kind, torch.zeros_like(p))
@@ -1793,6 +1793,8 @@ def load_checkpoint(out_dir, model, optimizer, state):
         stored = json.load(open(f"{folder}/state.json"))
         missing = [name for name in stored.pop("files") if not os.path.exists(f"{folder}/{name}")]
         assert not missing, f"without {missing[:3]}"
+        require(stored["texts"] == state["texts"], f"--resume: {out_dir} began with other prompts "
+                "(or ratings), or another chat template")
         named = trained_tensors(model, optimizer, stored["updates"])
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=True)
     except (Exception, dcp.CheckpointException) as e:  # files fail in any way they like
@@ -1824,15 +1826,15 @@ def lock(out_dir):
     path = f"{out_dir}.lock"
     if IS_FIRST:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        LOCKS.append(open(path, "w"))
+        file = open(path, "w")
+        LOCKS.append(file)
         try:
-            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             die(f"{out_dir}: another run writes there and has locked {path}")
         except OSError:
             pass  # a file system without locks
-        LOCKS[-1].write(str(time.time()))  # of this run, and no other
-        LOCKS[-1].flush()
+        print(time.time(), file=file, flush=True)  # of this run, and no other
     dist.barrier()
     seen = open(path).read() if os.path.exists(path) else None
     require(len(set(collect([seen]))) == 1, f"{path} is not the same file for all processes: "
@@ -1844,10 +1846,7 @@ def open_out_dir(cfg, model, optimizer, state):
     lock(cfg.out_dir)
     if cfg.resume:
         require(find_checkpoint(cfg.out_dir), f"--resume: there is no checkpoint in {cfg.out_dir}")
-        texts = state["texts"]
         load_checkpoint(cfg.out_dir, model, optimizer, state)
-        require(texts == state["texts"], f"--resume: {cfg.out_dir} began with other prompts (or "
-                "ratings), or another chat template")
         say(f"resuming {cfg.out_dir} after {state['updates']} updates")
     elif IS_FIRST:
         set_aside(cfg.out_dir)
@@ -1874,35 +1873,31 @@ def read_jsonl(path):
         die(f"{where}: unreadable or broken JSON: {e}")
     require(where != path, f"{path}: is empty; expected one JSON object a line")
 
-ROLES = ("system", "user", "assistant")
+ROLES = dict(system="system", developer="system", user="user", assistant="assistant")
 
 def conversation(where, record):
     """The prompt of a record as chat messages: its "messages", or its "prompt", which is a user's
     text or a list of messages, too. Contents may be lists of text parts."""
     messages = record.get("messages") or record.get("prompt")  # null is like absent
-    require(messages, f'{where}: "prompt" (or "messages") is missing or empty')
     if isinstance(messages, str):
         messages = [dict(role="user", content=messages)]
+    require(messages and isinstance(messages, list),
+            f'{where}: "prompt" (or "messages") is missing, empty, or neither text nor a list')
     clean = []
-    for message in messages if isinstance(messages, list) else [messages]:
-        require(isinstance(message, dict), f'{where}: a message is not like {{"role": "user", '
-                '"content": "text"}')
-        role = message.get("role")
-        role = "system" if role == "developer" else role
-        require(role in ROLES, f"{where}: a message's role is {role!r}, none of {', '.join(ROLES)}")
-        content = text_of(message.get("content"))
-        require(content, f"{where}: a message's content is empty or not text: {str(message)[:80]}")
-        clean.append(dict(role=role, content=content))
-    require(clean[-1]["role"] != "assistant",
+    for message in messages:
+        try:
+            role = ROLES[message["role"]]
+            content = message["content"]
+            parts = content if isinstance(content, list) else [content]
+            text = "".join(part if isinstance(part, str) else part["text"] for part in parts)
+            assert text.strip()
+        except Exception:
+            die(f'{where}: expected a message like {{"role": "user", "content": "text"}}, its role '
+                f"one of {', '.join(ROLES)} and its text not empty, found {str(message)[:80]}")
+        clean.append(dict(role=role, content=text))
+    require(role != "assistant",
             f"{where}: the prompt ends with the assistant's turn, so there is nothing to answer")
     return clean
-
-def text_of(content):
-    """A content's text, which may come in parts; nothing where it is blank, or not all text."""
-    parts = content if isinstance(content, list) else [dict(text=content)]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if all(isinstance(text, str) for text in texts) and "".join(texts).strip():
-        return "".join(texts)
 
 SPELLED = "\ufdd0", "\ufdd1"  # around what is tokenized as text: no characters, so in no text
 
@@ -1917,17 +1912,15 @@ def render(tokenizer, messages, response=None):
     first, last = SPELLED
     marked = [m | dict(content=tokenizer.specials.sub(rf"{first}\g<0>{last}", m["content"]))
               for m in messages]
-    start, end = [], []
     if tokenizer.chat_template:
         text = templated(tokenizer, marked, wants_answer)
     else:
         separator = f" {tokenizer.sep_token} " if tokenizer.sep_token else "\n"
         text = separator.join(m["content"] for m in marked) + separator * wants_answer
-        start, end = frame(tokenizer)
-    ids = []
+    start, end = frame(tokenizer)
+    ids = start
     for i, piece in enumerate(re.split("|".join(SPELLED), text)):  # spelled ones have odd numbers
         ids += tokenize(tokenizer, piece, goes_on=i > 0, split_special_tokens=i % 2 == 1)
-    ids = start + ids
     if not wants_answer:  # an answer never follows an end token
         ids += end
     largest = max(ids, default=0)
@@ -1957,8 +1950,9 @@ def tokenize(tokenizer, text, goes_on=False, **how):
     return ids_of(text)
 
 def frame(tokenizer):
-    """The special tokens that a tokenizer puts before a text and behind it."""
-    ids = tokenizer("")["input_ids"]
+    """The special tokens that a tokenizer puts before a text and behind it; a template has its
+    own."""
+    ids = [] if tokenizer.chat_template else tokenizer("")["input_ids"]
     n = int(ids[:1] in ([tokenizer.bos_token_id], [tokenizer.cls_token_id]))
     return ids[:n], ids[n:]
 
@@ -1968,9 +1962,9 @@ def turn_end(tokenizer):
         return None
     answer = SPELLED[0]  # in no template
     turns = [dict(role="user", content="x"), dict(role="assistant", content=answer)]
-    _, found, rest = templated(tokenizer, turns, False).rpartition(answer)
+    rest = templated(tokenizer, turns, False).partition(answer)[2]
     ids = tokenize(tokenizer, rest, goes_on=True)
-    if found and ids and tokenizer.specials.fullmatch(tokenizer.convert_ids_to_tokens(ids[0])):
+    if ids and tokenizer.specials.fullmatch(tokenizer.convert_ids_to_tokens(ids[0])):
         return ids[0]
 
 # --------------------------------------------------------------------------------------------------
@@ -2045,13 +2039,10 @@ def is_number(x):
     spelling = r"\s*[-+]?(\d{1,20}\.?\d*|\.\d+)(e[-+]?\d\d?)?\s*"  # too short for infinity
     return re.fullmatch(spelling, str(x), re.I)
 
-WARNINGS = set()
-
+@lru_cache
 def warn(message):
-    """Say it the first time."""
-    if message not in WARNINGS:
-        WARNINGS.add(message)
-        say(f"warning: {message}")
+    """Say it the first time: the cache has it then."""
+    say(f"warning: {message}")
 
 def say(message):
     """Print once, not once a process, and without tearing a progress bar."""
@@ -2097,33 +2088,30 @@ def parse(config_class, argv, doc, toy={}):
         config_class, description=f"{manual}\nin the toy world: {toy}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = die  # in one line, from one process
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    typed = vars(parser.parse_args(argv))  # nothing but the flags that are typed
+    if "out_dir" in typed:
+        require(typed["out_dir"], "--out_dir: it needs a name")
+        typed["out_dir"] = os.path.normpath(typed["out_dir"])  # without a slash at its end
     first = fields(config_class)[0].name
-    if getattr(parser.parse_args(argv), first) == "toy":
-        parser.set_defaults(**toy)
-    flags = parser.parse_args(argv)
-    require(getattr(flags, "out_dir", "-"), "--out_dir: it needs a name")
-    before = {}  # of a run that is resumed: its flags hold but for those that are typed
-    if getattr(flags, "resume", False):
-        before = recorded(f"{flags.out_dir}/config.json", config_class)
-        parser.set_defaults(**before)
-    flags = vars(parser.parse_args(argv))
-    if "out_dir" in flags:
-        flags["out_dir"] = os.path.normpath(flags["out_dir"])  # without a slash at its end
-    if flags[first] == "toy":
-        flags[first] = toy[first]
-    for name in before:
-        require(name not in config_class.kept or flags[name] == before[name],
-                f"--{name} was {before[name]} and is now {flags[name]}: that cannot be resumed")
-    return config_class(**flags)
-
-def recorded(path, config_class):
-    """The flags of the run that is resumed."""
+    defaults = {}
+    if typed.get(first, getattr(config_class, first)) == "toy":
+        typed.pop(first, None)
+        defaults = toy
+    cfg = config_class(**defaults | typed)
+    if not typed.get("resume"):
+        return cfg
+    path = f"{cfg.out_dir}/config.json"
     try:
-        before = json.load(open(path, encoding="utf-8"))
-        config_class(**before)  # it knows them all
+        before = json.load(open(path, encoding="utf-8"))  # these flags hold but for those typed
+        cfg = config_class(**before | typed)
     except Exception as e:
         die(f"--resume: {path} cannot be read: {e}")
-    return before
+    for name in before.keys() & config_class.kept:
+        require(before[name] == getattr(cfg, name), f"--{name} was {before[name]} and is now "
+                f"{getattr(cfg, name)}: that cannot be resumed")
+    return cfg
 
 TOY = dict(policy="out/toy/policy", reward_model="out/toy/reward_model",
            prompts="out/toy/prompts.jsonl", heldout_prompts="out/toy/heldout_prompts.jsonl",

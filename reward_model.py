@@ -62,7 +62,7 @@ class Config:
     save_interval: int = 500    # checkpoint every so many steps: no more of them can be lost
     resume: bool = False        # continue from out_dir/checkpoint
     seed: int = 0               # fresh head, order of the rows, held-out split
-    day: str = ""               # YYYY-MM-DD that chat templates tell; empty: that of the start
+    day: str = TODAY            # YYYY-MM-DD that chat templates tell
     score: str = ""             # do not train: score this JSONL of prompts and responses
     reward_model: str = "out/rm"  # the folder that --score uses
     out: str = "scored.jsonl"   # where --score writes the same rows with "scores"
@@ -72,7 +72,6 @@ class Config:
             "epochs", "batch_size", "max_tokens", "seed")
 
     def __post_init__(self):
-        self.day = self.day or TODAY
         low, _, high = self.scale.partition(",")
         require(is_number(low) and is_number(high) and float(low) < float(high),
                 f"--scale={self.scale}: expected lowest,highest as in 0,4")

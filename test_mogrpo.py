@@ -301,7 +301,7 @@ def end_run():
     for lock in mogrpo.LOCKS:
         lock.close()
     mogrpo.STOPS.clear()
-    mogrpo.WARNINGS.clear()
+    mogrpo.warn.cache_clear()
     for name, of_a_rule in list(sys.modules.items()):
         if str(getattr(of_a_rule, "__file__", "")).startswith(os.getcwd()):
             del sys.modules[name]
@@ -404,7 +404,7 @@ def sample(policy, prompts, keys, temperature, tokens=24):
     u_BT = mogrpo.uniforms(keys, tokens)
     sampler = mogrpo.fast_sample if policy.fast else mogrpo.sample
     with mogrpo.gathered(policy):
-        return sampler(policy, prompts, u_BT, temperature)
+        return sampler(policy, [prompts[p] for p, _ in keys], u_BT, temperature)
 
 FAST = """qwen2 llama qwen3 gemma3_text gpt2 mistral mixtral gemma phi3 olmo2 smollm3 starcoder2
 gpt_neox granite cohere qwen3_moe"""
@@ -808,7 +808,8 @@ def test_micro_batches(world):
     """The budget is kept, each row comes once."""
     prompt = dict(ids=[9] * 5)
     rows = [
-        dict(prompt=prompt, response=[i] * n, sampler_logp=torch.zeros(n), truncated=i > 1)
+        dict(prompt=prompt, response=[i] * n, tokens=n, truncated=i > 1,
+             sampler_logp=torch.zeros(n))
         for i, n in enumerate([3, 9, 2, 11, 5, 5, 1, 7])
     ]
     for budget in (1, 30, 64, 1000):
@@ -2313,7 +2314,7 @@ def test_share_kept():
 @cases("kind, other, old_names", [
     ("llama", dict(rope_theta=5e5), dict(rope_theta=5e5, rope_scaling=None)),
     ("llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=7e4)),
-     dict(rope_theta=7e4, rope_scaling=dict(rope_type="linear", factor=2.0))),
+     dict(rope_theta=7e4, rope_scaling=dict(rope_type="linear", factor=2.0, rope_theta=7e4))),
     ("gemma3_text", {}, dict(rope_theta=1e6, rope_local_base_freq=1e4)),
     ("gpt2", {}, {}),
 ])

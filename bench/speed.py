@@ -191,8 +191,8 @@ def count_decode(policy, rows, G, P, T):
     changes = dict(LOOK_EVERY=room, Cache=NotedCache, repeat=one_of_many)
     with patch.multiple(mogrpo, **changes), torch.no_grad(), Count() as whole:
         try:
-            prompts = [[5] * P for _ in range(rows // G)]
-            mogrpo.fast_sample(policy, prompts, torch.zeros(rows, T + 1), 1.0)
+            groups = [[[5] * P] * G for _ in range(rows // G)]
+            mogrpo.fast_sample(policy, sum(groups, []), torch.zeros(rows, T + 1), 1.0)
         except EOFError:
             return counts, waits[-1] - waits[-2]
 
@@ -250,7 +250,7 @@ def count_collectives(config, tokens):
     with patch.object(mogrpo, "load_weights", lambda model: model):  # it has its weights
         policy = mogrpo.shard(policy, torch.float32)
     with Collectives() as seen, mogrpo.gathered(policy):
-        mogrpo.fast_sample(policy, [[5]], torch.rand(2, tokens).double(), 1.0)
+        mogrpo.fast_sample(policy, [[5]] * 2, torch.rand(2, tokens).double(), 1.0)
     return seen.count
 
 def counted(cfg, config, rows):
@@ -314,7 +314,8 @@ def machine(dtype):
 def timed(cfg, policy, optimizer, rows, copied, product):
     """-> {name: number}"""
     G, P, T = cfg.group_size, cfg.max_prompt_tokens, cfg.max_new_tokens
-    prompts = [[5 + i] * P for i in range(rows // G)]
+    groups = [[[5 + i] * P] * G for i in range(rows // G)]
+    prompts = sum(groups, [])  # of each row
     tokens = []  # seconds of each
     real = mogrpo.repeat
 
@@ -336,7 +337,7 @@ def timed(cfg, policy, optimizer, rows, copied, product):
         responses = rollout()
         finish()
         sampling = time.perf_counter() - start
-    pairs = [(prompts[i // G], response) for i, response in enumerate(responses)]
+    pairs = list(zip(prompts, responses))
 
     def update():
         for numbers in mogrpo.by_length(rows * [P + T], cfg.micro_tokens):
