@@ -1196,8 +1196,8 @@ def choose_way(policy, cfg):
         stock_PTV = torch.stack(stock).float() / temperature
         e = gap(torch.stack(out.logits, 1) / temperature)
         most = 10 if stock[0].dtype == torch.bfloat16 else 1  # of broken weights it is nan
-        require(e < most, f"{policy.name_or_path}: no causal language model, or broken weights: the "
-                f"library's log-probs with its cache and without differ by {e:.2g}")
+        require(e < most, f"{policy.name_or_path}: no causal language model, or broken weights: "
+                f"the library's log-probs with its cache and without differ by {e:.2g}")
         try:
             go(policy, fast=True)
             hidden_ND, _ = packed_hidden(policy, pairs)
