@@ -58,7 +58,7 @@ import data.toy.prepare as toy_world
 import eval as evaluation
 import mogrpo
 import reward_model as rm
-from ablations import dpo, lagrangian, ppo, steer
+from ablations import dpo, dynamic, gspo, lagrangian, ppo, steer
 from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
@@ -1445,6 +1445,41 @@ def test_stated_weights():
     both = turn(f"{terms}\n{terms}", "system")
     assert steer.stated([system, question], weights_K, axes) == [both, question]
 
+def test_gspo_is_the_formula():
+    """One ratio a response, the geometric mean of its tokens': value and gradient of the gain."""
+    lengths = [3, 5, 2]
+    old_N = torch.randn(10).double()
+    moved = tensor([1e-3, 2e-3, 0, 1e-4, 2e-4, 0, 0, 0, -2e-4, 1e-4])  # the first by too much
+    logp_N = (old_N + moved).requires_grad_()
+    a_B = tensor([1.0, -1.0, 0.5]).double()
+    shares = [1 / (3 * n) for n in lengths for _ in range(n)]
+    batch = SimpleNamespace(old_logp_N=old_N, ref_logp_N=old_N, c_N=1.0, lengths=lengths,
+                            advantage_N=a_B.repeat_interleave(tensor(lengths)),
+                            token_share_N=tensor(shares).double())
+    cfg = gspo.Config(beta=0.0)
+    loss, _ = gspo.gspo_objective(batch, logp_N, cfg)
+    s_B = torch.stack([d.mean().exp() for d in (logp_N - old_N).split(lengths)])
+    gain_B = torch.min(s_B * a_B, s_B.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a_B)
+    [found] = torch.autograd.grad(loss, logp_N, retain_graph=True)
+    [expected] = torch.autograd.grad(-gain_B.mean(), logp_N)
+    assert loss.item() == approx(-gain_B.mean().item())
+    assert max_gap(found, expected) < 1e-7 and found[:3].tolist() == [0, 0, 0]
+
+def test_dull_groups_are_replaced(tiny_run, monkeypatch):
+    """Those of even prompts are dull: all score 0."""
+    write_text("odd.py", "def scores(record, response):\n"
+               "    return dict(x=len(response) * (record['tag'] == 'odd'))\n")
+    calls = on_calls(monkeypatch, mogrpo, "rollout")
+    run_main(dynamic, f"{tiny_run} --rules=odd.py --heldout_prompts=prompts.jsonl")
+    sampled = [prompts for _, prompts, *_ in calls[1:-1]]  # without the evaluations
+    rows = [row for row in rows_of("out/mogrpo/samples.jsonl") if not row["heldout"]]
+    first = [prompt["tag"] for prompt in sampled[0]]
+    last = [row["tag"] for row in rows[::4]]
+    assert len(rows) == 16 and len(sampled) > 1
+    assert len(sampled[1]) == first.count("even") > last.count("even")
+    for now, before in zip(last, first):
+        assert now == "odd" or before == "even"  # what has a signal stays
+
 def test_each_prompt_has_its_own_weights(flags, monkeypatch):
     calls = on_calls(monkeypatch, mogrpo, "grpo_step")
     run_main(steer, f"{flags} --weights=kind=3")
@@ -1744,7 +1779,8 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_
 
 SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare data.helpsteer2.prepare
 data.saferlhf.prepare data.ultrafeedback.prepare data.prompts.prepare ablations.ppo ablations.dpo
-ablations.lagrangian ablations.steer bench.memory"""
+ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic bench.memory bench.trl
+bench.emulate"""
 
 def steps_of(folder="out/mogrpo"):
     """The metrics rows of training steps, without those of evaluations."""
