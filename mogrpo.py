@@ -724,7 +724,9 @@ def positions_of(model):
     rope = getattr(config, "rope_parameters", None) or {}  # of rotary positions, if it has them
     if rope.get("rope_type") in ("longrope", "dynamic"):
         return rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    positions = getattr(config, "max_position_embeddings", None) or -1
+    if positions < 0:  # it has no such limit
+        return math.inf
     for module in model.modules():  # RoBERTa and its kin count from behind the pad token's number
         is_theirs = isinstance(module, nn.Embedding) and module.num_embeddings == positions
         if is_theirs and module.padding_idx is not None:
@@ -780,6 +782,8 @@ def load_reward_model(path, max_tokens=10**9, day="", **head):
     if head:
         config.pad_token_id = tokenizer.pad_token_id
     model.pad = config.pad_token_id  # see `logits_of`
+    if model.pad == -1:  # as some write that there is none
+        model.pad = None
     config.use_cache = False  # a block that is run again would add to it again
     # Too long a text loses its beginning: the response stands last
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens, positions_of(model))
@@ -787,7 +791,7 @@ def load_reward_model(path, max_tokens=10**9, day="", **head):
     require("LABEL_0" not in model.axes, f"{path}: its id2label does not name the axes")
     check_axes(model.axes, path)
     model.problem = model.config.problem_type or "multi_label_classification"
-    if not model.config.problem_type and len(model.axes) > 1:
+    if not model.config.problem_type:
         warn(f"{path}: its config.json has no problem_type: every axis is a sigmoid")
     for axis in model.axes:
         if re.match(r"(un(?=safe)|toxic|harmful|hate|offensive|insult|threat|obscene)", axis, re.I):
@@ -1244,7 +1248,8 @@ def gathered(model):
 def batch_of(model, rows, side="left"):
     """Lists of token ids -> input_ids and attention_mask, padded on a side; on the left, so that
     all rows end in the same column."""
-    batch = model.tokenizer.pad(dict(input_ids=rows), padding_side=side, return_tensors="pt")
+    batch = model.tokenizer.pad(dict(input_ids=rows), padding_side=side, return_tensors="pt",
+                                return_attention_mask=True)
     return batch.to(DEVICE)
 
 USE_GRAPHS = CUDA
@@ -1621,6 +1626,11 @@ def load(auto_class, path, day="", **head):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
         config = transformers.AutoConfig.from_pretrained(path, **safe, **head)
+        # What a training run may have left on: more outputs, or tuples of them
+        config.output_hidden_states = config.output_attentions = False
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = False
+        config.return_dict = True
         with torch.device("meta"):  # no memory, no random numbers: a second for 14B
             model = auto_class.from_config(config, **safe).float()
     except Exception as e:  # somebody else's files fail in any way they like
@@ -1646,6 +1656,9 @@ def load(auto_class, path, day="", **head):
     model.has_fresh_head = bool(head)
     return model
 
+# Of the library's sequence classifiers; some encoders come without the layers before it, too
+HEADS = r"\W*(score|(pre_)?classifier|classification_head|dense|(\w+\.)?pooler)\."
+
 def read_weights(model):
     """{name: weight} of a model of `load`, read by the library, whole and into the host's memory.
     Only safetensors: a pickle can run code."""
@@ -1656,10 +1669,13 @@ def read_weights(model):
             output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as e:  # somebody else's files fail in any way they like
         die(f"{path}: its weights cannot be loaded: {e}")
-    # In the files, but of a layer that the config does not have
-    conflicts = [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
+    # In the files, but of a layer that the config does not have; or buffers of older versions
+    conflicts = []
+    for key in info["unexpected_keys"]:
+        if re.search(r"\.\d+\.", key) and not re.search(r"\.(masked_)?bias$", key):
+            conflicts.append(key)
     for key in map(str, info["missing_keys"] | info["mismatched_keys"]):
-        if not (model.has_fresh_head and re.match(r"\W*(score|classifier)\.", key)):
+        if not (model.has_fresh_head and re.match(HEADS, key)):
             conflicts.append(key)
     require(not conflicts, f"{path}: its files and config.json do not agree on "
             f"{sorted(conflicts)[:3]}")
@@ -1700,14 +1716,17 @@ def save_folder(model, path, dtype):
         if share < 0.5:  # small steps round away: a weight near 1 moves by 1/256 or not at all
             say(f"{path}: {dtype} would keep {share:.0%} of the update: saved in float32")
             dtype = torch.float32
-    whole = {name: weight.to(dtype) for name, weight in whole.items()}
+    for name in whole.keys() - dict(model.named_buffers()):  # a router's stay in float32
+        whole[name] = whole[name].to(dtype)
     unfinished = f"{path}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished, state_dict=whole)  # names and ties as other tools expect
+    with torch.device("meta"):  # by the name of FSDP's class the library finds no names to write
+        plain = model.auto_class.from_config(model.config)
+    plain.save_pretrained(unfinished, state_dict=whole)  # names and ties as other tools expect
     model.config.dtype = dtype
     model.config.save_pretrained(unfinished)
-    write_old_names(f"{unfinished}/config.json")
     model.tokenizer.save_pretrained(unfinished)
+    write_old_names(unfinished)
     if hasattr(model, "generation"):
         model.generation.to_json_file(f"{unfinished}/generation_config.json")
     os.sync()  # on disk, before the name points to it
@@ -1726,17 +1745,30 @@ def share_kept(before, after, dtype):
     return along / length if length > 0 else 1.0
 
 def write_old_names(path):
-    """transformers 4 reads rotary frequencies under other names than 5 writes; without them it
-    takes theta = 10,000, and says nothing."""
-    config = json.load(open(path))
-    rope = config.get("rope_parameters") or {}
-    if "full_attention" in rope:  # of Gemma 3, by the kind of layer
-        config["rope_local_base_freq"] = rope.get("sliding_attention", {}).get("rope_theta")
-        rope = rope["full_attention"]
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]  # it may stand in rope_scaling, too
-        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-        write_text(path, json.dumps(config, indent=2))
+    """transformers 4 reads some settings under other names than 5 writes, and takes its defaults
+    for what it does not find, in silence: so both names stand in the folder's files."""
+    config = json.load(open(f"{path}/config.json"))
+    for part in (config, config.get("text_config") or {}):
+        if "num_local_experts" in part:
+            part["num_experts"] = part["num_local_experts"]
+        rope = part.get("rope_parameters") or {}
+        if "full_attention" in rope:  # of Gemma 3 and ModernBERT, by the kind of layer
+            theta = rope.get("sliding_attention", {}).get("rope_theta")
+            part["rope_local_base_freq"] = part["local_rope_theta"] = theta
+            rope = rope["full_attention"]
+            part["global_rope_theta"] = rope["rope_theta"]
+        if "partial_rotary_factor" in rope:
+            part["partial_rotary_factor"] = part["rotary_pct"] = rope["partial_rotary_factor"]
+        if "rope_theta" in rope:
+            part["rope_theta"] = part["rotary_emb_base"] = rope["rope_theta"]
+            part["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    write_text(f"{path}/config.json", json.dumps(config, indent=2))
+    config = json.load(open(f"{path}/tokenizer_config.json"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_text(f"{path}/tokenizer_config.json", json.dumps(config, indent=2))
 
 def put_in_place(path):
     """The folder path.tmp, which is whole, becomes `path`."""
@@ -1899,7 +1931,7 @@ def conversation(where, record):
             f"{where}: the prompt ends with the assistant's turn, so there is nothing to answer")
     return clean
 
-SPELLED = "\ufdd0", "\ufdd1"  # around what is tokenized as text: no characters, so in no text
+SPELLED = "\ufdd0", "\ufdd1"  # around what is tokenized as text: they are no characters
 
 def render(tokenizer, messages, response=None):
     """A prompt ready for its answer, or prompt and response -> token ids, by the chat template.
@@ -1910,8 +1942,11 @@ def render(tokenizer, messages, response=None):
     if not wants_answer:  # a template closes it with its end token
         messages = messages + [dict(role="assistant", content=response)]
     first, last = SPELLED
-    marked = [m | dict(content=tokenizer.specials.sub(rf"{first}\g<0>{last}", m["content"]))
-              for m in messages]
+    marked = []
+    for message in messages:
+        text = re.sub("|".join(SPELLED), "\ufffd", message["content"])  # they are ours alone
+        text = tokenizer.specials.sub(rf"{first}\g<0>{last}", text)
+        marked.append(message | dict(content=text))
     if tokenizer.chat_template:
         text = templated(tokenizer, marked, wants_answer)
     else:
@@ -1952,9 +1987,12 @@ def tokenize(tokenizer, text, goes_on=False, **how):
 def frame(tokenizer):
     """The special tokens that a tokenizer puts before a text and behind it; a template has its
     own."""
-    ids = [] if tokenizer.chat_template else tokenizer("")["input_ids"]
-    n = int(ids[:1] in ([tokenizer.bos_token_id], [tokenizer.cls_token_id]))
-    return ids[:n], ids[n:]
+    if tokenizer.chat_template:
+        return [], []
+    word = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    n = next(n for n in range(len(ids)) if ids[n:n + len(word)] == word)
+    return ids[:n], ids[n + len(word):]
 
 def turn_end(tokenizer):
     """The special token that the chat template puts after an answer; None if it puts none."""
@@ -1964,7 +2002,7 @@ def turn_end(tokenizer):
     turns = [dict(role="user", content="x"), dict(role="assistant", content=answer)]
     rest = templated(tokenizer, turns, False).partition(answer)[2]
     ids = tokenize(tokenizer, rest, goes_on=True)
-    if ids and tokenizer.specials.fullmatch(tokenizer.convert_ids_to_tokens(ids[0])):
+    if ids and ids[0] in tokenizer.added_tokens_decoder:
         return ids[0]
 
 # --------------------------------------------------------------------------------------------------

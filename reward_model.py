@@ -177,7 +177,8 @@ def make_optimizer(model, cfg):
     trunk = dict(params=[], peak_lr=cfg.lr)
     head = dict(params=[], peak_lr=cfg.lr * cfg.head_lr)
     for name, p in model.named_parameters():
-        group = head if name.startswith(("score.", "classifier.")) else trunk
+        is_head = name.startswith(("score.", "classifier.", "classification_head."))
+        group = head if is_head else trunk
         group["params"].append(p)
     return torch.optim.AdamW([trunk, head], fused=True)
 
