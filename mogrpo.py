@@ -1991,11 +1991,11 @@ def frame(tokenizer):
         return [], []
     word = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
-    n = next(n for n in range(len(ids)) if ids[n:n + len(word)] == word)
+    n = next((n for n in range(len(ids)) if ids[n:n + len(word)] == word), 0)
     return ids[:n], ids[n + len(word):]
 
 def turn_end(tokenizer):
-    """The special token that the chat template puts after an answer; None if it puts none."""
+    """The added token that the chat template puts right after an answer; None if it puts none."""
     if not tokenizer.chat_template:
         return None
     answer = SPELLED[0]  # in no template

@@ -2288,10 +2288,11 @@ def test_prompts_that_hold_a_template_are_told(flags, printed):
     run_main(mogrpo, f"{flags.replace('=rules.py', '=')} --reward_model=rm")
     assert "4 prompts spell out special tokens" in printed()
 
-def test_a_turn_ends_where_its_template_ends_it(world, printed):
-    """open-r1#604, axolotl#2073: neither config names the token."""
+@cases("special", (True, False))
+def test_a_turn_ends_where_its_template_ends_it(special, world, printed):
+    """open-r1#604, axolotl#2073, vllm#4180: neither config names the token."""
     tokenizer = tiny_tokenizer(template=CHAT.replace("<end>", "w7"))
-    tokenizer.add_tokens([AddedToken("w7", special=True)])
+    tokenizer.add_tokens([AddedToken("w7", special=special)])
     folder_of(tokenizer=tokenizer)
     policy = mogrpo.load_policy("policy")
     assert policy.eos == [2, 12] and "'w7'" in printed()  # 12: its number
@@ -2299,14 +2300,14 @@ def test_a_turn_ends_where_its_template_ends_it(world, printed):
     assert stock_model("saved").generation_config.eos_token_id == [2, 12]
 
 def test_a_prompt_is_not_closed(world):
-    """gorilla#1217: a tokenizer that puts an end token behind every text."""
+    """gorilla#1217: a tokenizer that puts an end token behind every text; llama.cpp#13099: and two
+    before it."""
     tokenizer = tiny_tokenizer(template=None)
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single="w0 $A <end>", special_tokens=[("w0", 5), ("<end>", 2)])
-    tokenizer.bos_token = "w0"
+        single="w0 w3 $A <end>", special_tokens=[("w0", 5), ("w3", 8), ("<end>", 2)])
     tokenizer = ready(tokenizer)
-    assert mogrpo.render(tokenizer, [turn("w1")]) == [5, 6]
-    assert mogrpo.render(tokenizer, [turn("w1")], "w2") == [5, 6, 7, 2]
+    assert mogrpo.render(tokenizer, [turn("w1")]) == [5, 8, 6]
+    assert mogrpo.render(tokenizer, [turn("w1")], "w2") == [5, 8, 6, 7, 2]
 
 def test_two_weights_where_the_config_ties_them(flags):
     """transformers#42612"""
@@ -2352,6 +2353,9 @@ def test_share_kept():
     ("llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=7e4)),
      dict(rope_theta=7e4, rope_scaling=dict(rope_type="linear", factor=2.0, rope_theta=7e4))),
     ("gemma3_text", {}, dict(rope_theta=1e6, rope_local_base_freq=1e4)),
+    ("phi", dict(rope_parameters=dict(rope_type="default", rope_theta=7e4,
+                                      partial_rotary_factor=0.5)),  # vllm#29966
+     dict(rope_theta=7e4, partial_rotary_factor=0.5)),
     ("gpt2", {}, {}),
 ])
 def test_older_libraries_read_the_same_frequencies(kind, other, old_names, world):
@@ -2360,6 +2364,9 @@ def test_older_libraries_read_the_same_frequencies(kind, other, old_names, world
     mogrpo.save_folder(policy, "saved", torch.float32)
     config = read_json("saved/config.json")
     assert config == config | old_names
+    words = read_json("saved/tokenizer_config.json")  # transformers#47553
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(words.get("extra_special_tokens"), list)
     ids = tensor([[*range(5, 30)]])
     equal(stock_model("saved")(ids).logits, stock_model("policy")(ids).logits)
 
@@ -2408,7 +2415,7 @@ def test_a_head_that_is_not_there(flags, spoil):
     save_file(weights, "rm/model.safetensors", metadata={"format": "pt"})
     refused_run(f"{flags} --reward_model=rm", "rm", "score.weight")
 
-@cases("pad_token_id", (None, 0, 9))
+@cases("pad_token_id", (None, 0, 9, -1))  # -1: transformers#25773
 @each("kind", "llama qwen3 gpt2")
 def test_scores_are_the_stock_ones(kind, pad_token_id):
     """transformers#35352: texts that end in the end token, each alone by the library, and all
@@ -2419,7 +2426,7 @@ def test_scores_are_the_stock_ones(kind, pad_token_id):
     write_text("rm/config.json", json.dumps(config))
     texts = [([turn("w1 " * n)], "w4 w2") for n in (1, 5, 3)]
     model = loaded("rm")
-    stock = auto.from_pretrained("rm")
+    stock = auto.from_pretrained("rm", pad_token_id=None if pad_token_id == -1 else pad_token_id)
     expected = [stock(tensor([mogrpo.render(model.tokenizer, *text)])).logits for text in texts]
     assert max_gap(mogrpo.score(model, texts), torch.cat(expected).sigmoid()) < 1e-5
 
@@ -2442,6 +2449,67 @@ def test_activations(problem, activation, printed):
     said = printed()
     assert "more 'unsafe' counts as better" in said
     assert ("no problem_type" in said) == (problem is None)
+
+def test_padding_is_masked_whatever_the_tokenizer_says():
+    """transformers#16243"""
+    tokenizer = tiny_tokenizer(template=None)
+    tokenizer.model_input_names = ["input_ids"]
+    auto = transformers.AutoModelForSequenceClassification
+    folder_of("rm", "bert", tokenizer, auto=auto, id2label={0: "good"})
+    model = loaded("rm")
+    texts = [([turn("w1 " * n)], "w4 w2") for n in (1, 5, 3)]
+    alone = torch.cat([mogrpo.score(model, [text]) for text in texts])
+    assert max_gap(mogrpo.score(model, texts), alone) < 1e-5
+
+@cases("kind, cls, other", [
+    ("bert", "AutoModelForMaskedLM", {}),  # laurium#122: no pooler in the file
+    ("distilbert", "AutoModelForMaskedLM", dict(dim=32, hidden_dim=48, n_layers=2, n_heads=4)),
+    ("deberta-v2", "AutoModelForMaskedLM", {}),
+    ("albert", "AutoModelForMaskedLM", dict(embedding_size=32)),
+])
+def test_a_fresh_head_on_any_encoder(kind, cls, other):
+    encoder = tiny_model(kind, auto=getattr(transformers, cls), **other)
+    encoder.save_pretrained("b")
+    tiny_tokenizer(template=None).save_pretrained("b")
+    assert loaded("b", num_labels=1, id2label={0: "good"}).axes == ["good"]
+
+def test_outputs_that_a_training_run_left_on(flags):
+    """transformers#29087, #7638"""
+    left_on = dict(output_hidden_states=True, output_attentions=True, return_dict=False)
+    config = read_json("policy/config.json") | left_on
+    write_text("policy/config.json", json.dumps(config))
+    run_main(mogrpo, flags)
+    assert len(steps_of()) == 1
+
+def test_buffers_of_older_versions(world):
+    """transformers#24581"""
+    folder_of(kind="gpt2")
+    old = {"transformer.h.0.attn.bias": torch.zeros(1), "transformer.h.0.attn.masked_bias":
+           torch.zeros(1)}
+    save_file(saved_weights("policy") | old, "policy/model.safetensors", metadata={"format": "pt"})
+    mogrpo.load_weights(mogrpo.load_policy("policy"))
+
+def test_a_routers_buffer_is_not_rounded(world):
+    """transformers#42580"""
+    other = dict(n_routed_experts=4, moe_intermediate_size=16, kv_lora_rank=8, q_lora_rank=8,
+                 qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1,
+                 num_experts_per_tok=2, first_k_dense_replace=1)
+    model = tiny_model("deepseek_v3", tied=False, **other)
+    bias = tensor([0.1235, 1.0005, 2.0012, 3.0034])
+    model.to(torch.bfloat16).model.layers[1].mlp.gate.e_score_correction_bias = bias
+    model.save_pretrained("policy")
+    tiny_tokenizer().save_pretrained("policy")
+    policy = mogrpo.shard(mogrpo.load_policy("policy"), torch.float32)
+    mogrpo.save_folder(policy, "saved", torch.bfloat16)
+    saved = saved_weights("saved")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    equal(saved, bias)
+
+def test_marks_of_our_own_in_a_text():
+    """They cannot make tokens of a text."""
+    tokenizer = ready(char_tokenizer("first"))
+    for text in ("\ufdd0 <end>", "\ufdd1<end>\ufdd0<end>"):
+        ids = mogrpo.render(tokenizer, [turn(text)])
+        assert ids.count(2) == mogrpo.render(tokenizer, [turn("a")]).count(2)
 
 def test_too_long_texts_are_counted(printed):
     """reward-bench#137"""
