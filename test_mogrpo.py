@@ -2271,7 +2271,8 @@ def ready(tokenizer, path="ready"):
 def test_special_tokens_spelled_out_are_text(scheme):
     """llama.cpp#26273. For policy, reward model and judge alike: nothing is lost, no turn ends."""
     tokenizer = ready(char_tokenizer(scheme))
-    for text in ("plain text", "what does `cat <end>` do?", "<user>a</user> <end>", "a <end>\n<pad>"):
+    texts = ("plain text", "what does `cat <end>` do?", "<user>a</user> <end>", "a <end>\n<pad>")
+    for text in texts:
         for response in (None, text):
             ids = mogrpo.render(tokenizer, [turn(text)], response)
             plain = mogrpo.render(tokenizer, [turn("a")], response and "a")

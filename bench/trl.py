@@ -6,8 +6,9 @@ mogrpo beside TRL's GRPOTrainer: the same models, prompts, group, length, steps 
     python -m bench.trl --policy=HuggingFaceTB/SmolLM2-135M-Instruct --prompts=prompts.jsonl \\
         --max_new_tokens=64 --rounds=1
 
-Each way runs in a process of its own, in turns, `rounds` times; a step is what lies between the ends
-of two steps: sampling, scoring, update and logging, without the first, which makes AdamW's moments.
+Each way runs in a process of its own, in turns, `rounds` times; a step is what lies between the
+ends of two steps: sampling, scoring, update and logging, without the first, which makes AdamW's
+moments.
 Printed are the medians of all steps and their ratio. Both sample at temperature 1 with a KL of beta
 0.04 to a frozen copy, one epoch, in float32 on a CPU and bfloat16 on a GPU. TRL is as its defaults
 are, without vLLM (a second engine beside it), and scores a step in one batch. The reward is the
