@@ -153,7 +153,7 @@ def share_interval(x_P, cluster_P=None):
     low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=1)
     return x_P.mean().item(), low.item(), high.item()
 
-def compare(x_PS, base_PS, cluster_P=None, is_score=True):
+def compare(x_PS, base_PS, cluster_P=None, is_score=True, is_share=False):
     """One measure of a policy against the baseline's -> dict of mean, gain and win, each
     (value, low, high). Nobody wins by refusing more or writing longer: win is None then."""
     x_P = x_PS.nanmean(1)
@@ -162,7 +162,8 @@ def compare(x_PS, base_PS, cluster_P=None, is_score=True):
     gain_PSS[gain_PSS.abs() < 1e-6] = 0.0  # a tie but for rounding
     win_PSS = (gain_PSS.sign() / 2 + 0.5).where(gain_PSS.isfinite(), math.nan)
     win_P = win_PSS.nanmean((1, 2))
-    return dict(mean=interval(x_P, cluster_P), gain=interval(gain_P, cluster_P),
+    of_mean = share_interval if is_share else interval
+    return dict(mean=of_mean(x_P, cluster_P), gain=interval(gain_P, cluster_P),
                 win=share_interval(win_P, cluster_P) if is_score else None)
 
 # --------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def answers_of(run, path, mesh, dtype):
             tag=prompt["tag"],
             cluster=prompt["record"].get("cluster"),
             response=row["text"],
-            tokens=len(row["response"]),
+            tokens=row["tokens"],
             scores=dict(zip(axes, scores_E)),
         )
         answers.setdefault(prompt["index"], []).append(sample)
@@ -253,12 +254,10 @@ def table_of(answers, prompts):
             base_PS = next(iter(x_of.values()))[rated]
             cluster_P = clusters_of(samples_of, [prompts[i] for i in rated])
             is_score = measure in samples_of[prompts[0]][0]["scores"]
-            table[measure] = {policy: compare(x_PS[rated], base_PS, cluster_P, is_score)
-                              for policy, x_PS in x_of.items()}
-    if "refuses" in table:
-        for policy, x_PS in columns["refuses"].items():
-            cluster_P = clusters_of(samples_of, prompts)
-            table["refuses"][policy]["mean"] = share_interval(x_PS.mean(1), cluster_P)
+            is_share = measure == "refuses"
+            table[measure] = {
+                policy: compare(x_PS[rated], base_PS, cluster_P, is_score, is_share)
+                for policy, x_PS in x_of.items()}
     return table
 
 def table_lines(table, circular):

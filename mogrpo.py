@@ -421,8 +421,11 @@ def score_responses(rows, reward_models, rules):
 def experience(run, step):
     """Sample and score a step's responses -> this process's rows, G for each of its prompts, and
     their scores_BK."""
+    return sample_and_score(run, prompts_of_step(run, step), step)
+
+def sample_and_score(run, prompts, step):
+    """The same of any prompts. Every process must call it, even with no prompts."""
     with timed(run, "sec/sample"):
-        prompts = prompts_of_step(run, step)
         rows = rollout(run.policy, prompts, (run.cfg.seed, step), run.cfg.group_size, run.cfg)
     with timed(run, "sec/score"):
         scores_BK = score_responses(rows, run.reward_models, run.rules)
@@ -810,7 +813,7 @@ def encode(reward_model, texts):
     tokenizer = reward_model.tokenizer
     most = tokenizer.model_max_length
     rows = [render(tokenizer, *text) for text in texts]
-    start, _ = frame(tokenizer)
+    start, _ = tokenizer.frame
     cut = [n for n, row in enumerate(rows) if len(row) > most]
     for n in cut:
         rows[n] = start + rows[n][len(rows[n]) - most + len(start):]
@@ -1643,8 +1646,13 @@ def load(auto_class, path, day="", **head):
     special = "|".join(sorted(words, reverse=True)) or "(?!)"  # longer ones first; or no match
     tokenizer.specials = re.compile(f"(?s)({special})(.*({special}))?")
     tokenizer.rows = getattr(config.get_text_config(), "vocab_size", math.inf)
+    tokenizer.frame = frame(tokenizer)
     # Some templates tell the date, by a call of strftime_now
-    date = datetime.fromisoformat(getattr(config, "day", None) or day or TODAY)
+    day = getattr(config, "day", None) or day or TODAY
+    try:
+        date = datetime.fromisoformat(day)
+    except ValueError:
+        die(f"--day={day}: expected a date like {TODAY}")
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     tokenizer.dated_template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""",
                                       lambda call: repr(date.strftime(call[2])), template)
@@ -1952,8 +1960,8 @@ def render(tokenizer, messages, response=None):
     else:
         separator = f" {tokenizer.sep_token} " if tokenizer.sep_token else "\n"
         text = separator.join(m["content"] for m in marked) + separator * wants_answer
-    start, end = frame(tokenizer)
-    ids = start
+    start, end = tokenizer.frame
+    ids = list(start)
     for i, piece in enumerate(re.split("|".join(SPELLED), text)):  # spelled ones have odd numbers
         ids += tokenize(tokenizer, piece, goes_on=i > 0, split_special_tokens=i % 2 == 1)
     if not wants_answer:  # an answer never follows an end token
@@ -2100,10 +2108,6 @@ def check_flags(cfg):
             least = 1e-12 if name in POSITIVE else 0
             require(least <= value < 1e12, f"--{name}={value}: must not be negative, nor 0 where "
                     "that is senseless, nor huge")
-    try:
-        datetime.fromisoformat(cfg.day)
-    except ValueError:
-        die(f"--day={cfg.day}: expected a date like {TODAY}")
     require(cfg.group_size > 1, f"--group_size={cfg.group_size}: a group of one teaches nothing; "
             "take at least 2")
 

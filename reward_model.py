@@ -336,7 +336,8 @@ def axis_row(scores_N, labels_N, rows):
     prompts = [repr(messages) for messages, _ in rows]
     number_of = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
     prompt_N = torch.tensor([number_of[prompt] for prompt in prompts])
-    low, high = spearman_interval(ranks(scores_N), ranks(labels_N), prompt_N)
+    score_rank_N, label_rank_N = ranks(scores_N), ranks(labels_N)
+    low, high = spearman_interval(score_rank_N, label_rank_N, prompt_N)
     pairs, count = pair_accuracy(scores_N, labels_N, prompt_N)
     variance = labels_N.var(correction=0).item() or math.nan  # 0: nothing to explain
     lengths_N = torch.tensor([len(response) for _, response in rows]).double()  # characters
@@ -350,7 +351,7 @@ def axis_row(scores_N, labels_N, rows):
         # share of the labels' variance explained; 0: no better than guessing their mean
         "r2": 1 - ((scores_N - labels_N)**2).mean().item() / variance,
         "pearson": correlation(scores_N, labels_N),
-        "spearman": correlation(ranks(scores_N), ranks(labels_N)),
+        "spearman": correlation(score_rank_N, label_rank_N),
         "low": low,  # spearman's 95 % interval
         "high": high,
         "auc": roc_auc(scores_N, labels_N),

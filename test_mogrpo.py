@@ -163,6 +163,10 @@ def folder_of(path="policy", kind="qwen3", tokenizer=None, **kwargs):
     (tokenizer or tiny_tokenizer()).save_pretrained(path)
     return path
 
+def change_config(folder, **changes):
+    path = f"{folder}/config.json"
+    write_text(path, json.dumps(read_json(path) | changes))
+
 def reward_folder(path, axes=("good", "kind")):
     auto = transformers.AutoModelForSequenceClassification
     folder_of(path, auto=auto, id2label=dict(enumerate(axes)))
@@ -2386,6 +2390,7 @@ def test_templates_tell_the_day_of_the_start(flags):
     tokenizer = mogrpo.load_reward_model("rm", day="2020-01-01").tokenizer
     assert mogrpo.render(tokenizer, [turn("w1")])[-1] == 5 + 12
     refused_run(f"{flags} --day=tomorrow", "--day=tomorrow")
+    refused(lambda: train_rm("--day=tomorrow"), "--day=tomorrow")
 
 def test_resumed_with_other_prompts(flags):
     run_main(mogrpo, flags)
@@ -2423,8 +2428,7 @@ def test_scores_are_the_stock_ones(kind, pad_token_id):
     together by ours. A pad token of the folder's own is kept, though a text may hold it."""
     auto = transformers.AutoModelForSequenceClassification
     folder_of("rm", kind, tiny_tokenizer("<end>"), auto=auto, id2label={0: "good", 1: "kind"})
-    config = read_json("rm/config.json") | dict(pad_token_id=pad_token_id)
-    write_text("rm/config.json", json.dumps(config))
+    change_config("rm", pad_token_id=pad_token_id)
     texts = [([turn("w1 " * n)], "w4 w2") for n in (1, 5, 3)]
     model = loaded("rm")
     stock = auto.from_pretrained("rm", pad_token_id=None if pad_token_id == -1 else pad_token_id)
@@ -2440,8 +2444,7 @@ def test_scores_are_the_stock_ones(kind, pad_token_id):
 def test_activations(problem, activation, printed):
     """trl#117"""
     reward_folder("rm", ("safe", "unsafe"))
-    config = read_json("rm/config.json") | dict(problem_type=problem)
-    write_text("rm/config.json", json.dumps(config))
+    change_config("rm", problem_type=problem)
     text = [turn("w1")], "w2"
     model = loaded("rm")
     logits = transformers.AutoModelForSequenceClassification.from_pretrained("rm")(
@@ -2476,9 +2479,7 @@ def test_a_fresh_head_on_any_encoder(kind, cls, other):
 
 def test_outputs_that_a_training_run_left_on(flags):
     """transformers#29087, #7638"""
-    left_on = dict(output_hidden_states=True, output_attentions=True, return_dict=False)
-    config = read_json("policy/config.json") | left_on
-    write_text("policy/config.json", json.dumps(config))
+    change_config("policy", output_hidden_states=True, output_attentions=True, return_dict=False)
     run_main(mogrpo, flags)
     assert len(steps_of()) == 1
 

@@ -20,7 +20,7 @@ mean over prompts any more, and eval/<axis> is.
 from dataclasses import dataclass
 
 import mogrpo
-from mogrpo import TOY, collect, timed
+from mogrpo import TOY, collect
 
 @dataclass
 class Config(mogrpo.Config):
@@ -45,9 +45,7 @@ def dynamic_experience(run, step):
         for i, prompt in zip(dull, fresh):
             if i % run.world == run.rank:
                 mine[i // run.world] = prompt
-        with timed(run, "sec/sample"):
-            new_rows = mogrpo.rollout(run.policy, [*mine.values()], (cfg.seed, batch), G, cfg)
-            new_BK = mogrpo.score_responses(new_rows, run.reward_models, run.rules)
+        new_rows, new_BK = mogrpo.sample_and_score(run, list(mine.values()), batch)
         for n, p in enumerate(mine):  # p: which of this process's groups
             rows[p * G:(p + 1) * G] = new_rows[n * G:(n + 1) * G]
             scores_BK[p * G:(p + 1) * G] = new_BK[n * G:(n + 1) * G]

@@ -1,7 +1,7 @@
 """
 The CUDA path without a GPU: whole runs on an emulated CUDA device beside the same runs on the CPU.
 
-    CUDALESS=/path/to/cudaless.py python -m bench.emulate          # some ten minutes
+    CUDALESS=/path/to/cudaless.py python -m bench.emulate          # some three minutes
 
 The harness is a program from elsewhere that puts a CUDA device made of host memory into torch and
 runs a script on it: real values, device checks, streams, graph capture and replay, NCCL's rules. It
@@ -54,9 +54,6 @@ def run(name, device, folder):
     """One run -> its output folder; a failure ends it all."""
     count, command = RUNS[name]
     out = f"{folder}/{name}-{device}"
-    write_text(f"{folder}/length.py", "def scores(record, response):\n"
-               "    return dict(length=len(response) / 1000)\n")
-    write_text(f"{folder}/rooms.py", SCRIPT)
     words = [sys.executable]
     if count > 1:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -102,6 +99,9 @@ def main(cfg):
     require(set(names) <= set(RUNS), f"--only: there are {', '.join(RUNS)}")
     folder = os.path.abspath(cfg.out_dir)
     os.makedirs(folder, exist_ok=True)
+    write_text(f"{folder}/length.py", "def scores(record, response):\n"
+               "    return dict(length=len(response) / 1000)\n")
+    write_text(f"{folder}/rooms.py", SCRIPT)
     failed = []
     for name in names:
         (a, said), (b, said_there) = [numbers_of(run(name, device, folder))

@@ -120,8 +120,7 @@ def plan(cfg):
     shards = NODE if cfg.hsdp and cfg.gpus % NODE == 0 else cfg.gpus  # GPUs that share one copy
     gradients = 4 * trained / shards
     # On one GPU frozen weights are left out of FSDP, which would gather a second copy of them
-    once = cfg.gpus == 1
-    stays = once and not full
+    gathered = 0 if cfg.gpus == 1 and not full else e  # bytes of a number of the base
 
     at_once = max(1, cfg.sample_rows // cfg.group_size)
     prompts = min(at_once, math.ceil(cfg.prompts_per_step / cfg.gpus))
@@ -138,24 +137,24 @@ def plan(cfg):
             "reward models": e * sum(r.whole for r in rewards) / shards,
             "driver and kernels": GIB},
         "sampling": {
-            "gathered policy": e * (adapter + (0 if stays else model.whole)),
+            "gathered policy": e * adapter + gathered * model.whole,
             # When rows have ended the others are copied, layer after layer
             "key-value cache": e * B * row * model.cache * (model.layers + 1),
             "activations": prompts * cfg.max_prompt_tokens * model.kept,  # prefill: a row a prompt
             "logits": 20 * B * model.text.vocab_size},  # three in float32, a float64 sum of them
         "scoring": {  # by one reward model after the other, 16,384 tokens at a time
-            "gathered reward model": max((e * r.whole for r in rewards if not once), default=0),
+            "gathered reward model": max((e * r.whole for r in rewards if cfg.gpus > 1), default=0),
             "activations": max((16384 * r.kept for r in rewards), default=0)},
         "log-probs": {  # and their backward pass
             "gradients": gradients,
-            "gathered weights": 0 if stays else e * (model.root + model.block),
+            "gathered weights": gathered * (model.root + model.block),
             "gradients in flight": full * e * model.root,
             "activations": held,
             "logits": 12 * chunk},  # three in float32: they, their log-softmax, their gradient
         "backward pass": {
             "gradients": gradients,
             # The next one's, too, and a buffer
-            "gathered weights": 0 if stays else e * (model.root + 3 * model.block),
+            "gathered weights": gathered * (model.root + 3 * model.block),
             # The root's and a block's; in float32 two blocks' that are being reduced
             "gradients in flight": full * (e * model.root + (e + 8) * model.block),
             # Or the root's gradients, reduced

@@ -60,7 +60,7 @@ def run_mogrpo(cfg, folder):
         policy=cfg.policy, reward_model=cfg.reward_model, rules=rules, prompts=cfg.prompts,
         heldout_prompts=cfg.prompts, out_dir=f"{folder}/out", group_size=cfg.group_size,
         prompts_per_step=cfg.prompts_per_step, max_new_tokens=cfg.max_new_tokens, steps=cfg.steps,
-        lr=1e-5, save_interval=0, recompute="True" if CUDA else "False"))
+        lr=1e-5, save_interval=0))
     run.heldout = []  # nothing is evaluated
     torch.set_num_threads(cfg.threads)
     ends = []
