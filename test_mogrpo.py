@@ -17,6 +17,7 @@ import gc
 import gzip
 import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -63,6 +64,8 @@ from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
 
+transformers.utils.logging.disable_progress_bar()  # this and the next as `launch` has them
+logging.disable(logging.ERROR)
 torch.set_num_threads(1)  # on tiny models two wait for each other longer than they work
 sys.dont_write_bytecode = True  # rules are rewritten within the second
 HERE = mogrpo.HERE
