@@ -610,9 +610,9 @@ def main(cfg):
 # --------------------------------------------------------------------------------------------------
 # 4. Machinery, for when you need it. 4.1 What a run is made of
 
-def setup(cfg):
+def setup(cfg, weights=torch.float32):
     """Models, rewards, prompts and optimizer of a run. Nothing is written here: a run refused for
-    its input leaves no trace."""
+    its input leaves no trace. `weights`: the dtype of those that are trained."""
     require(cfg.prompts and (cfg.reward_model or cfg.rules),
             "give --prompts=FILE.jsonl, and --reward_model=DIR or --rules=FILE.py or both")
     run = SimpleNamespace(cfg=cfg, reference=None, seconds=defaultdict(float))
@@ -622,7 +622,7 @@ def setup(cfg):
     run.objective = objective
     run.rank, run.world, run.dtype = join_world(cfg.dtype)
     run.mesh = device_mesh(cfg.hsdp)  # one for all models
-    policy = load_policy(cfg.policy, cfg.day)  # `shard` will read its weights
+    policy = load_policy(cfg.policy, cfg.day).to(weights)  # `shard` will read them
     run.policy = run.trained = policy
     set_threads(policy)  # on a CPU
     torch.manual_seed(cfg.seed)  # a LoRA adapter starts at random

@@ -59,7 +59,7 @@ import data.toy.prepare as toy_world
 import eval as evaluation
 import mogrpo
 import reward_model as rm
-from ablations import dpo, dynamic, gspo, lagrangian, ppo, steer
+from ablations import dpo, dynamic, gspo, lagrangian, lean, ppo, steer
 from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
@@ -1487,6 +1487,34 @@ def test_dull_groups_are_replaced(tiny_run, monkeypatch):
     for now, before in zip(last, first):
         assert now == "odd" or before == "even"  # what has a signal stays
 
+def test_rounded_at_random():
+    """Up or down, and on average not at all."""
+    x_N = torch.randn(50) * torch.logspace(-20, 10, 50)
+    exact_N = tensor([1.0, -0.5, 0.0, 2.0**-126])
+    x_TN = torch.cat([x_N, exact_N]).to(mogrpo.DEVICE).expand(10000, -1)
+    y_TN = lean.rounded(x_TN.contiguous(), torch.Generator(mogrpo.DEVICE))
+    assert y_TN.dtype == torch.bfloat16
+    error_TN = (y_TN.double() - x_TN) / x_TN.abs().clamp(min=1e-40)
+    assert error_TN[:, -4:].abs().max() == 0 and error_TN.abs().max() < 2**-7
+    assert error_TN.mean(0).abs().max() < 5 * 2**-8 / 100  # five of its standard deviations
+    assert 2 in (len(y_N.unique()) for y_N in y_TN.T)
+
+def test_lean_is_adam_but_for_rounding(monkeypatch):
+    """Where the gradient's size is the same along each row; and for vectors anyway."""
+    monkeypatch.setattr(lean, "rounded", lambda x, generator: x)
+    for shape in ((6,), (6, 5)):
+        ours = torch.randn(shape)
+        first, second = torch.zeros(shape), torch.zeros(shape)[:, :1] if len(shape) > 1 else ours * 0
+        theirs = torch.nn.Parameter(ours.double())
+        adam = torch.optim.AdamW([theirs], betas=(0.9, 0.95), weight_decay=0.0, lr=0.1)
+        for t in range(1, 6):
+            size = torch.randn(6) if len(shape) == 1 else torch.randn(6, 1)
+            grad = size * torch.randn(shape).sign()
+            theirs.grad = grad.double()
+            adam.step()
+            lean.update(ours, grad, first, second, t, 0.1, None)
+        assert_close(ours, theirs.detach().float(), rtol=1e-5, atol=1e-6)
+
 def test_each_prompt_has_its_own_weights(flags, monkeypatch):
     calls = on_calls(monkeypatch, mogrpo, "grpo_step")
     run_main(steer, f"{flags} --weights=kind=3")
@@ -1786,7 +1814,7 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_
 
 SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare data.helpsteer2.prepare
 data.saferlhf.prepare data.ultrafeedback.prepare data.prompts.prepare ablations.ppo ablations.dpo
-ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic bench.memory bench.trl
+ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic ablations.lean bench.memory bench.trl
 bench.emulate"""
 
 def steps_of(folder="out/mogrpo"):
@@ -1834,6 +1862,7 @@ FLOORS = "--floors=safety=0.9,politeness=0.2"
     ("ablations.lagrangian", FLOORS, (1, 2, 3)),
     ("ablations.ppo", "--critic_lr=1e-3", (2,)),
     ("ablations.steer", "", (2,)),
+    ("ablations.lean", "", (2,)),
 ])
 def test_resume_is_exact_after_a_stop_at_any_step(script, flags, stops, toy, monkeypatch):
     few_heldout()
@@ -1845,7 +1874,8 @@ def test_resume_is_exact_after_a_stop_at_any_step(script, flags, stops, toy, mon
     events = [(mogrpo, "pick", {60: signal.SIGTERM}),  # in a rollout or an evaluation
               (mogrpo, "response_logp", {19: signal.SIGINT})]  # in the second update
     for n in stops:  # in the first of a step's two updates
-        events.append((torch.optim.AdamW, "step", {2 * n - 1: signal.SIGINT}))
+        optimizer = getattr(script, "Lean", torch.optim.AdamW)
+        events.append((optimizer, "step", {2 * n - 1: signal.SIGINT}))
     for i, event in enumerate(events):
         cut = f"out/cut{i}"
         with monkeypatch.context() as patch:

@@ -27,6 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import mogrpo
+from ablations import lean
 from mogrpo import TOY, die, launch, require, say
 
 NODE = 8  # GPUs of a node: with --hsdp they share one copy of the weights
@@ -36,6 +37,7 @@ GIB = 2**30
 class Config(mogrpo.Config):
     gpus: int = 8                 # GPUs of the run, over all nodes
     gpu_gb: float = 80.0          # memory of one of them in GiB
+    lean: bool = False            # by ablations/lean.py
 
 # --------------------------------------------------------------------------------------------------
 # 1. What the plan needs of a model
@@ -107,7 +109,9 @@ def activations(cfg, model, rows, dtype):
 def plan(cfg):
     """{stage: {purpose: bytes on each GPU}}; the stages after "always" follow one another."""
     dtype = compute_dtype(cfg)
-    e = dtype.itemsize  # bytes of a number in compute; masters, gradients and moments take 4
+    e = dtype.itemsize  # bytes of a number in compute
+    # Of a trained weight, its gradient, its moments
+    master, gradient, moments = (2, 2, 2) if cfg.lean else (4, 4, 8)
     row = cfg.max_prompt_tokens + cfg.max_new_tokens  # tokens of the longest row
     model = sizes(AutoModelForCausalLM, cfg.policy, dtype, row)
     rewards = [sizes(AutoModelForSequenceClassification, path, dtype, row)
@@ -118,7 +122,7 @@ def plan(cfg):
     frozen = 0 if full else model.whole
     copied = model.whole if full and cfg.beta > 0 else 0  # LoRA's reference is the policy itself
     shards = NODE if cfg.hsdp and cfg.gpus % NODE == 0 else cfg.gpus  # GPUs that share one copy
-    gradients = 4 * trained / shards
+    gradients = gradient * trained / shards
     # On one GPU frozen weights are left out of FSDP, which would gather a second copy of them
     gathered = 0 if cfg.gpus == 1 and not full else e  # bytes of a number of the base
 
@@ -131,8 +135,8 @@ def plan(cfg):
     chunk = min(mogrpo.CHUNK_LOGITS, rows * cfg.max_new_tokens * model.text.vocab_size)
     return {
         "always": {
-            "weights, this GPU's shard": (4 * trained + e * frozen) / shards,
-            "AdamW moments": 8 * trained / shards,
+            "weights, this GPU's shard": (master * trained + e * frozen) / shards,
+            "AdamW moments": moments * trained / shards,
             "reference": e * copied / shards,
             "reward models": e * sum(r.whole for r in rewards) / shards,
             "driver and kernels": GIB},
@@ -160,7 +164,8 @@ def plan(cfg):
             # Or the root's gradients, reduced
             "activations": max(held + again, full * 4 * model.root)},
         "optimizer step": {
-            "gradients": gradients},  # the fused AdamW copies nothing
+            "gradients": gradients,
+            "slices of a weight": 24 * lean.SLICE * cfg.lean},  # the fused AdamW copies nothing
     }
 
 def need(cfg, **change):
