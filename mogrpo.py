@@ -144,7 +144,8 @@ class Config:
     prompts_per_step: int = 32    # over all processes; a GPU wants 128 rows and more (bench/speed)
     max_prompt_tokens: int = 512  # longer prompts are skipped and counted
     max_new_tokens: int = 512     # T: responses are cut here
-    sample_rows: int = 256        # responses a process decodes at once; bounds the key-value cache
+    sample_rows: int = 256        # responses a process decodes at once; bounds the key-value cache.
+                                  # Halved where memory is short
     temperature: float = 1.0      # of sampling and training alike. No top-k, no top-p: they would
                                   # sample from another distribution than the one that is trained
     # optimization
@@ -167,7 +168,7 @@ class Config:
     eval_interval: int = 0        # evaluate every so many steps; before and after training always
     eval_samples: int = 4         # responses to a held-out prompt
     log_interval: int = 1         # a line on the terminal every so many steps; the first and last
-    tensorboard: bool = False     # curves in out_dir/tensorboard, too; wants that package
+    tracker: Literal["", "tensorboard", "wandb"] = ""  # curves there, too; wants that package
     save_interval: int = 50       # checkpoint every so many steps, at the end, and after Ctrl-C (on
                                   # which torchrun waits 30 s: give it --shutdown-timeout)
     resume: bool = False          # continue from out_dir/checkpoint
@@ -374,17 +375,24 @@ def rollout(policy, prompts, stream, group_size, cfg):
     responses."""
     rows = []
     asked = [(prompt, g) for prompt in prompts for g in range(group_size)]
-    at_once = max(1, cfg.sample_rows // group_size) * group_size  # whole groups
     sampler = fast_sample if policy.fast else sample
     with gathered(policy):
-        for first in range(0, len(asked), at_once):
-            some = asked[first:first + at_once]
+        while len(rows) < len(asked):
+            at_once = max(1, cfg.sample_rows // group_size) * group_size  # whole groups
+            some = asked[len(rows):len(rows) + at_once]
             keys = [(*stream, prompt["index"], g) for prompt, g in some]
             u_BT = uniforms(keys, cfg.max_new_tokens)
             if cfg.temperature < 1e-20:  # eval.py's 0: of several likeliest tokens the first
                 u_BT.zero_()
             prompt_ids = [prompt["ids"] for prompt, _ in some]
-            responses, logps = sampler(policy, prompt_ids, u_BT, cfg.temperature)
+            try:
+                responses, logps = sampler(policy, prompt_ids, u_BT, cfg.temperature)
+            except torch.OutOfMemoryError:
+                if at_once == group_size:
+                    raise
+                cfg.sample_rows = at_once // 2  # from now on; what is sampled stays the same
+                warn(f"memory is short: --sample_rows={cfg.sample_rows}")
+                continue
             texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
             for (prompt, _), response, text, logp_T in zip(some, responses, texts, logps):
                 rows.append(dict(
@@ -1257,6 +1265,10 @@ def batch_of(model, rows, side="left"):
 
 USE_GRAPHS = CUDA
 LOOK_EVERY = 64 if CUDA else 4  # tokens between two looks at which rows have ended
+# A recording is good for these rows and columns only, and costs as much as dozens of tokens. So on
+# a GPU some ended rows stay, and some columns are read that nothing has been written to
+MOST_GOING = 0.75 if CUDA else 1  # ended rows leave when less than this share of them is going
+WIDTH_STEP = 256 if CUDA else 8  # of columns; 8, or fused attention copies the mask in every call
 
 @torch.no_grad()
 def fast_sample(policy, prompts, u_BT, temperature):
@@ -1285,18 +1297,24 @@ def fast_sample(policy, prompts, u_BT, temperature):
 
     logits_BV, cache = prefill(policy, prompts, T, temperature)
     choose(logits_BV)
+    whole_width = cache.width
+    recorded = None  # the turn, as long as rows and columns are the same
     for t in range(1, T, LOOK_EVERY):
         has_ended_R = torch.isin(tokens_BT[row_R, :t], end_tokens).any(1)
         going = (~has_ended_R).nonzero().squeeze(1)  # waits for the GPU
         if len(going) == 0 or must_stop():
             break
-        if len(going) < len(row_R):
+        if len(going) < MOST_GOING * len(row_R):
             cache.keep(going)
             row_R = row_R[going]
+            recorded = None
         turns = min(LOOK_EVERY, T - t)
-        cache.width = max(map(len, prompts)) + t + turns - 1  # columns that are read
-        cache.width += -cache.width % 8  # or fused attention copies the mask in every call
-        repeat(turn, turns)
+        width = max(map(len, prompts)) + t + turns - 1  # columns that are read
+        width = min(width + -width % WIDTH_STEP, whole_width)
+        if width != cache.width:
+            cache.width = width
+            recorded = None
+        recorded = repeat(turn, turns, recorded)
     return up_to_end(tokens_BT, logp_BT, policy.eos)
 
 def prefill(policy, prompts, T, temperature):
@@ -1342,13 +1360,16 @@ class Cache(dict):
         for layer, pair in self.items():
             self[layer] = [x[rows] for x in pair]  # a layer at a time
 
-def repeat(step, n):
+def repeat(step, n, recorded=None):
     """Call `step` n times. On a GPU it is recorded after the first and then replayed: to launch two
-    thousand kernels one by one takes longer than to run them."""
+    thousand kernels one by one takes longer than to run them -> the recorded step, which may be
+    handed over the next time."""
     for i in range(n):
-        if i == 1 and USE_GRAPHS:
-            step = as_graph(step)
-        step()
+        if i == 1 and USE_GRAPHS and not recorded:
+            recorded = as_graph(step)
+        call = recorded or step
+        call()
+    return recorded
 
 def as_graph(step, stream=None):
     """A call that replays the kernels of `step`, recorded as a CUDA graph and not yet run."""
@@ -1418,25 +1439,36 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 def open_logs(run):
     """Cut the logs to where the run stands: rows of lost steps go."""
     run.wants_header = True  # above the first line of a table of steps
-    run.board = None
-    if IS_FIRST and run.cfg.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            die("--tensorboard needs that package: pip install tensorboard")
-        run.board = SummaryWriter(f"{run.cfg.out_dir}/tensorboard",
-                                  purge_step=run.state["step"] + 1)  # those of lost steps go
+    run.track = tracker(run.cfg, run.state["step"])
     if IS_FIRST:
         for name in LOGS:
             with open(f"{run.cfg.out_dir}/{name}", "a") as f:
                 kept = run.state["log_sizes"].get(name, 0)
                 f.truncate(min(kept, f.tell()))  # tell: its size
 
+def tracker(cfg, step):
+    """A function that is given each row of metrics.jsonl; None without --tracker."""
+    if not IS_FIRST or not cfg.tracker:
+        return None
+    try:
+        if cfg.tracker == "wandb":
+            import wandb
+            wandb.init(project="mogrpo", name=cfg.out_dir, config=asdict(cfg), dir=cfg.out_dir)
+            return lambda row: wandb.log(row, step=row["step"])
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        die(f"--tracker: pip install {cfg.tracker}")
+    board = SummaryWriter(f"{cfg.out_dir}/tensorboard", purge_step=step + 1)  # of lost steps
+
+    def track(row):
+        for name, value in row.items():
+            board.add_scalar(name, value, row["step"])
+    return track
+
 def write_row(run, name, row):
     """Append a row to a log."""
-    if run.board and name == "metrics.jsonl":
-        for metric, value in row.items():
-            run.board.add_scalar(metric, value, row["step"])
+    if run.track and name == "metrics.jsonl":
+        run.track(row)
     if IS_FIRST:
         with open(f"{run.cfg.out_dir}/{name}", "a", encoding="utf-8") as f:
             f.write(to_json(row) + "\n")

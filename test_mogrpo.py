@@ -521,7 +521,7 @@ def test_a_decoded_token_waits_for_nothing_and_keeps_its_addresses(kind, world):
     """As a CUDA graph needs it; rooms of any size and replayed steps sample the same."""
     policy = policy_of(folder_of(kind=kind))
     expected, logps = sample(policy, PROMPTS, KEYS, 1.0, 40)
-    def watched(step, n):
+    def watched(step, n, recorded):
         written = set()
         for _ in range(n):
             with Watch() as seen:
@@ -529,11 +529,33 @@ def test_a_decoded_token_waits_for_nothing_and_keeps_its_addresses(kind, world):
             assert seen.waits == 0
             written |= seen.written
         assert len(written) == 4 + 2 * 2  # tokens, log-probs, turn, position; two layers' caches
-    replayed = dict(USE_GRAPHS=True, as_graph=lambda step: step)
-    for n, change in ((64, {}), (7, dict(repeat=watched)), (1, {}), (16, replayed)):
+    recordings = []
+    def as_graph(step):
+        recordings.append(step)
+        return step
+    replayed = dict(USE_GRAPHS=True, as_graph=as_graph)
+    reused = replayed | dict(WIDTH_STEP=64, MOST_GOING=0.5)
+    counts = []
+    for n, change in ((64, {}), (7, dict(repeat=watched)), (1, {}), (4, replayed), (4, reused)):
+        recordings.clear()
         with mock.patch.multiple(mogrpo, LOOK_EVERY=n, **change):
             again, same = sample(policy, PROMPTS, KEYS, 1.0, 40)
         assert again == expected and max_gap(torch.cat(same), torch.cat(logps)) < 1e-5
+        counts.append(len(recordings))
+    assert counts[0] == 0 and counts[4] < 4 < counts[3]
+
+def test_fewer_rows_where_memory_is_short(flags, monkeypatch, capsys):
+    """And the same responses."""
+    run_main(mogrpo, f"{flags} --out_dir=out/whole")
+    real = mogrpo.fast_sample
+    def short_of_memory(policy, prompts, *rest):
+        if len(prompts) > 5:
+            raise torch.OutOfMemoryError
+        return real(policy, prompts, *rest)
+    monkeypatch.setattr(mogrpo, "fast_sample", short_of_memory)
+    run_main(mogrpo, f"{flags} --out_dir=out/short")
+    same_run("out/whole", "out/short")
+    assert "--sample_rows=4" in capsys.readouterr().out
 
 # --------------------------------------------------------------------------------------------------
 # Advantages
@@ -1504,12 +1526,12 @@ def test_lean_is_adam_but_for_rounding(monkeypatch):
     monkeypatch.setattr(lean, "rounded", lambda x, generator: x)
     for shape in ((6,), (6, 5)):
         ours = torch.randn(shape)
-        first, second = torch.zeros(shape), torch.zeros(shape)[:, :1] if len(shape) > 1 else ours * 0
+        first = ours * 0
+        second = first[..., :1].clone() if len(shape) == 2 else first.clone()
         theirs = torch.nn.Parameter(ours.double())
         adam = torch.optim.AdamW([theirs], betas=(0.9, 0.95), weight_decay=0.0, lr=0.1)
         for t in range(1, 6):
-            size = torch.randn(6) if len(shape) == 1 else torch.randn(6, 1)
-            grad = size * torch.randn(shape).sign()
+            grad = torch.randn(second.shape) * torch.randn(shape).sign()
             theirs.grad = grad.double()
             adam.step()
             lean.update(ours, grad, first, second, t, 0.1, None)
@@ -1814,8 +1836,8 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_
 
 SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare data.helpsteer2.prepare
 data.saferlhf.prepare data.ultrafeedback.prepare data.prompts.prepare ablations.ppo ablations.dpo
-ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic ablations.lean bench.memory bench.trl
-bench.emulate"""
+ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic ablations.lean bench.memory
+bench.trl bench.emulate"""
 
 def steps_of(folder="out/mogrpo"):
     """The metrics rows of training steps, without those of evaluations."""
@@ -2634,14 +2656,20 @@ def test_resume_keeps_to_its_flags(flags):
     write_text(config, "{")
     refused_run("--resume", "config.json")
 
-def test_tensorboard(flags, monkeypatch):
-    flags += " --tensorboard"
+def test_trackers(flags, monkeypatch):
     if find_spec("tensorboard"):  # an optional extra
-        run_main(mogrpo, flags)
+        run_main(mogrpo, f"{flags} --tracker=tensorboard")
         [name] = os.listdir("out/mogrpo/tensorboard")
         assert name.startswith("events")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    refused_run(flags, "pip install tensorboard")
+    logged = []
+    wandb = SimpleNamespace(init=lambda **_: None, log=lambda row, step: logged.append((step, row)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run_main(mogrpo, f"{flags} --tracker=wandb")
+    rows = rows_of("out/mogrpo/metrics.jsonl")
+    assert logged == [(row["step"], row) for row in rows] and len(rows) == 1
+    for name, missing in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        monkeypatch.setitem(sys.modules, missing, None)
+        refused_run(f"{flags} --tracker={name}", f"pip install {name}")
 
 def test_a_folder_belongs_to_one_run(flags, world):
     mogrpo.lock("out/mogrpo")

@@ -164,8 +164,7 @@ def plan(cfg):
             # Or the root's gradients, reduced
             "activations": max(held + again, full * 4 * model.root)},
         "optimizer step": {
-            "gradients": gradients,
-            "slices of a weight": 24 * lean.SLICE * cfg.lean},  # the fused AdamW copies nothing
+            "gradients": gradients, "slices of a weight": 24 * lean.SLICE * cfg.lean},
     }
 
 def need(cfg, **change):

@@ -3,8 +3,9 @@ What a token and an update cost: counted from config.json alone, or timed on thi
 
     python -m bench.speed --count --policy=Qwen/Qwen2.5-14B-Instruct      # seconds, on any machine
     python -m bench.speed --policy=Qwen/Qwen2.5-0.5B-Instruct --rows=32,64,128,256    # timed here
+    python -m bench.speed --predict=h100 --gpus=8 --policy=Qwen/Qwen2.5-7B-Instruct   # on paper
 
-Takes the flags of mogrpo.py and three of its own; of --policy only config.json is read, the weights
+Takes the flags of mogrpo.py and four of its own; of --policy only config.json is read, the weights
 are random, no row ends early, and all prompts have --max_prompt_tokens tokens. One JSON line for
 each number of rows, then a table.
 
@@ -20,6 +21,10 @@ kernel is an operation that is not a view.
 Timed: a token against the roofline (the floor's bytes at the bandwidth of a copy in the same run),
 an update, AdamW's step included, against the floor's FLOPs at the rate of a matrix product in the
 same run, and on a GPU the peak of memory beside bench/memory.py's plan.
+
+Predicted: what was counted, divided by the rates of a GPU's data sheet and by the shares of them
+that such programs reach, which are guesses, see `predicted`: a step's seconds on each of --gpus
+GPUs of one node, each with --rows responses of full length, trained whole.
 """
 import json
 import statistics
@@ -27,6 +32,7 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Literal
 from unittest.mock import patch
 
 import torch
@@ -47,6 +53,7 @@ class Config(memory.Config):
     max_prompt_tokens: int = 256  # of every prompt
     count: bool = False           # count from config.json instead of timing
     rows: str = "128"             # responses decoded at once; several with commas
+    predict: Literal["", "h100", "h200"] = ""  # count, and predict the seconds of a step there
 
 # --------------------------------------------------------------------------------------------------
 # 1. The floors
@@ -167,34 +174,38 @@ def random_weights(lm):
     return {name: torch.randn(w.shape) / 50 for name, w in lm.state_dict().items()}
 
 def count_decode(policy, rows, G, P, T):
-    """A decoded token of so many rows -> the Count of one in each room of T tokens, and how often a
-    room waits for the GPU."""
+    """A decoded token of so many rows -> the Count of one in each room of T tokens, how often a
+    room waits for the GPU, and how often a rollout records the token."""
     caches = []
     counts = []
     waits = []
+    recordings = []
 
     class NotedCache(mogrpo.Cache):
         def __init__(self):
             super().__init__()
             caches.append(self)
 
-    def one_of_many(decode, steps):
+    def one_of_many(decode, steps, recorded):
         waits.append(whole.syncs)
         lasting = [x for pair in caches[0].values() for x in pair]
         with Count([*policy.parameters(), *lasting]) as count:
             decode()
         counts.append(count)
+        if not recorded:
+            recordings.append(decode)
         if len(counts) * mogrpo.LOOK_EVERY >= T:
             raise EOFError  # fake tokens could not be read
+        return decode
 
     room = min(64, max(1, T // 2))  # 64 on a GPU; two of them show what is between
-    changes = dict(LOOK_EVERY=room, Cache=NotedCache, repeat=one_of_many)
+    changes = dict(LOOK_EVERY=room, WIDTH_STEP=256, Cache=NotedCache, repeat=one_of_many)
     with patch.multiple(mogrpo, **changes), torch.no_grad(), Count() as whole:
         try:
             groups = [[[5] * P] * G for _ in range(rows // G)]
             mogrpo.fast_sample(policy, sum(groups, []), torch.zeros(rows, T + 1), 1.0)
         except EOFError:
-            return counts, waits[-1] - waits[-2]
+            return counts, waits[-1] - waits[-2], len(recordings)
 
 @torch.no_grad()
 def count_stock_decode(lm, rows, columns):
@@ -213,12 +224,12 @@ def count_stock_decode(lm, rows, columns):
     return count
 
 def count_update(policy, G, P, R):
-    """Forward and backward of one group -> FLOPs."""
+    """Forward and backward of one group -> their Count."""
     prompt = [5] * P  # one object: shared
-    with Count() as count:
+    with Count(policy.parameters()) as count:
         mogrpo.response_logp(policy, [(prompt, [5] * R)] * G, 1.0).sum().backward()
     policy.zero_grad()
-    return count.flops
+    return count
 
 def count_stock_update(lm, G, P, R):
     ids = torch.zeros(G, P + R, dtype=torch.long)
@@ -259,7 +270,7 @@ def counted(cfg, config, rows):
     dtype = memory.compute_dtype(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = policy_of(config, dtype, "cpu")
-        counts, waits = count_decode(policy, rows, G, P, T)
+        counts, waits, recordings = count_decode(policy, rows, G, P, T)
         update = count_update(policy, G, P, T)
         mogrpo.go(policy, fast=False)
         stock = count_stock_decode(policy, rows, P + T // 2)
@@ -270,17 +281,21 @@ def counted(cfg, config, rows):
             for name in ("kernels", "bytes", "memory", "syncs")}
     return dict(
         rows=rows,
+        weights_gb=dtype.itemsize * policy.num_parameters() / 1e9,
         floor_gb=floor / 1e9,
         memory_of_floor=mean["memory"] / floor,
         operands_of_floor=mean["bytes"] / floor,
         kernels=mean["kernels"],
         syncs_a_token=mean["syncs"],
         syncs_a_room=waits,
+        recordings=recordings,
         stock_memory_of_floor=stock.memory / floor,
         stock_operands_of_floor=stock.bytes / floor,
         stock_kernels=stock.kernels,
-        update_floor_tflop=update_once / 1e12,
-        update_of_floor=update / update_once,
+        update_floor_tflop=update_once / 1e12,  # of one group
+        update_of_floor=update.flops / update_once,
+        update_gb=update.memory / 1e9,
+        update_kernels=update.kernels,
         stock_update_of_floor=stock_update / update_once)
 
 # --------------------------------------------------------------------------------------------------
@@ -319,12 +334,13 @@ def timed(cfg, policy, optimizer, rows, copied, product):
     tokens = []  # seconds of each
     real = mogrpo.repeat
 
-    def clocked(decode, steps):
+    def clocked(decode, steps, recorded):
         finish()
         start = time.perf_counter()
-        real(decode, steps)
+        recorded = real(decode, steps, recorded)
         finish()
         tokens.append((time.perf_counter() - start) / steps)
+        return recorded
 
     def rollout():
         with mogrpo.gathered(policy):
@@ -358,6 +374,44 @@ def timed(cfg, policy, optimizer, rows, copied, product):
         update_seconds=update_seconds,
         update_of_product=rows / G * update_floor(policy, G, P, T) / product / update_seconds)
 
+# --------------------------------------------------------------------------------------------------
+# 4. Prediction
+
+# By the data sheets: bytes of memory and bfloat16 FLOPs a second. NVLink 4 has 450 GB/s one way
+SHEETS = dict(h100=(3.35e12, 989e12), h200=(4.8e12, 989e12))
+# Guesses: the shares of these that programs like this one reach
+MEMORY_SHARE, PRODUCT_SHARE, LINK_SHARE = 0.8, 0.6, 0.6
+# and seconds: what a replayed kernel takes beside its bytes, what it takes to launch one, and what
+# a recording waits beside its launches
+KERNEL, LAUNCH, RECORDING = 1.5e-6, 10e-6, 0.03
+
+def predicted(cfg, row):
+    """Seconds of a step, of what was `counted` for a GPU's rows -> {name: number}."""
+    memory_rate, product_rate = SHEETS[cfg.predict]
+    memory_rate *= MEMORY_SHARE
+    product_rate *= PRODUCT_SHARE
+    P, T, groups = cfg.max_prompt_tokens, cfg.max_new_tokens, row["rows"] / cfg.group_size
+    weights = 1e9 * row["weights_gb"]
+    gather = weights * (1 - 1 / cfg.gpus) / (450e9 * LINK_SHARE)
+
+    token = 1e9 * row["floor_gb"] * row["memory_of_floor"] / memory_rate + row["kernels"] * KERNEL
+    recording = row["recordings"] * (row["kernels"] * LAUNCH + RECORDING)
+    prefill = weights * groups * P / product_rate  # 2 FLOPs for the 2 bytes of each weight
+
+    # Products and all the rest take turns. A group's forward and backward; forward once more, to
+    # save memory; and the reference's forward
+    update = row["update_of_floor"] * row["update_floor_tflop"] * 1e12 / product_rate
+    update += row["update_gb"] * 1e9 / memory_rate
+    update *= groups * (1 + 1 / 3 + 1 / 3)
+    batches = -(-row["rows"] * (P + T) // cfg.micro_tokens)
+    # Weights are gathered forward, again, backward and for the reference; gradients have 4 bytes
+    exchange = batches * gather * (4 + 2)
+    seconds = dict(gather=gather, prefill=prefill, recording=recording, decoding=token * T)
+    seconds["train"] = max(update, exchange, batches * 2 * row["update_kernels"] * LAUNCH)
+    step = sum(seconds.values())
+    found = {f"sec/{name}": value for name, value in seconds.items()}
+    return found | {"sec/step": step, "tokens_a_gpu_a_second": (P + T) * row["rows"] / step}
+
 def main(cfg):
     try:
         config = AutoConfig.from_pretrained(cfg.policy)
@@ -368,7 +422,7 @@ def main(cfg):
         die(f"--policy={cfg.policy}, --rows={cfg.rows}: expected a folder with a config.json and "
             f"multiples of --group_size={cfg.group_size}, and --max_new_tokens above 1: {e}")
     found = []
-    if cfg.count:
+    if cfg.count or cfg.predict:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
         # Tensors without memory are the host's, also on a machine with a GPU
         with patch.multiple(mogrpo, DEVICE=torch.device("cpu"), USE_GRAPHS=False):
@@ -376,6 +430,8 @@ def main(cfg):
                 found.append(counted(cfg, config, n))
                 collectives = [count_collectives(config, tokens) for tokens in (8, 80)]
                 found[-1]["collectives"] = collectives
+                if cfg.predict:
+                    found[-1] |= predicted(cfg, found[-1])
     else:
         _, _, dtype = join_world(cfg.dtype)
         copied, product = machine(dtype)

@@ -11,7 +11,8 @@ ends of two steps: sampling, scoring, update and logging, without the first, whi
 moments.
 Printed are the medians of all steps and their ratio. Both sample at temperature 1 with a KL of beta
 0.04 to a frozen copy, one epoch, in float32 on a CPU and bfloat16 on a GPU. TRL is as its defaults
-are, without vLLM (a second engine beside it), and scores a step in one batch. The reward is the
+are, without vLLM (a second engine beside it), and scores a step in one batch; it trains on one,
+too, unless --trl_rows says otherwise (its logits of a whole step may not fit). The reward is the
 mean of the reward model's sigmoids, or without one the response's length, which costs nothing.
 
 What it is not: a comparison of what is learned, or of either on many GPUs.
@@ -41,6 +42,7 @@ class Config:
     steps: int = 9                # of each run; the first is left out
     rounds: int = 3               # runs of each way, in turns
     threads: int = 2              # of the CPU, for each
+    trl_rows: int = 0             # of one forward and backward pass of TRL; 0: all of a step
     only: str = ""                # mogrpo or trl: run this way alone, here, and print its seconds
 
     def __post_init__(self):
@@ -114,12 +116,14 @@ def run_trl(cfg, folder):
             ends.append(time.perf_counter())
 
     rows_a_step = cfg.group_size * cfg.prompts_per_step
+    at_once = cfg.trl_rows or rows_a_step
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(
             cfg.policy, dtype=torch.bfloat16 if CUDA else torch.float32),
         reward_funcs=mean_sigmoid if cfg.reward_model else length,
         args=GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=rows_a_step, max_steps=cfg.steps,
+            output_dir=folder, per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=rows_a_step // at_once, max_steps=cfg.steps,
             num_generations=cfg.group_size, max_completion_length=cfg.max_new_tokens, beta=0.04,
             learning_rate=1e-5, temperature=1.0, use_cpu=not CUDA, bf16=CUDA,
             gradient_checkpointing=CUDA, report_to=[], save_strategy="no", disable_tqdm=True),
@@ -134,7 +138,8 @@ def seconds_of(way, cfg):
                PYTHONPATH=os.pathsep.join([mogrpo.HERE, os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run([sys.executable, "-m", "bench.trl", *flags], env=env, text=True,
                           capture_output=True)
-    require(done.returncode == 0, f"{way} failed: {mogrpo.last_line(done.stderr)}")
+    require(done.returncode == 0, f"{way} failed with exit status {done.returncode} (-9: killed, "
+            f"as where memory is short): {done.stderr[-300:]}")
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 def main(cfg):
