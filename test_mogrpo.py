@@ -1730,10 +1730,12 @@ def test_curves(tiny_run, monkeypatch):
 # bench/
 
 # The most is taken by the blocks' backward pass, by all their activations, by the logits
-CASES = [(0, True, 2000), (0, False, 2000), (16, True, 8000)]
+CASES = [(0, True, 2000, False), (0, False, 2000, False), (16, True, 8000, False),
+         (0, True, 2000, True)]
 
-@cases("rank, recompute, vocab_size", CASES)
-def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run):
+@cases("rank, recompute, vocab_size, is_lean", CASES)
+def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, is_lean, tiny_run,
+                                          monkeypatch):
     """The planned peaks against the live bytes of a real rollout and a real update, within 15 %."""
     config = config_folder("llama", f"{vocab_size} 256 768 6 4 2")
     transformers.LlamaForCausalLM(config).save_pretrained("policy")
@@ -1741,11 +1743,15 @@ def test_memory_plan_is_what_a_step_takes(rank, recompute, vocab_size, tiny_run)
     write_rows("prompts.jsonl", [prompt] * 8)
     flags = (  # the whole path: sizes are cached by it
         f"{tiny_run} --policy={os.getcwd()}/policy --lora_rank={rank} --recompute={recompute}"
+        f" --lean={is_lean}"
         " --gpus=1 --rules=rules.py --dtype=bfloat16 --micro_tokens=1024 --max_prompt_tokens=64"
         " --max_new_tokens=64"
     )
     cfg = mogrpo.parse(memory.Config, flags.split(), "")
-    run = mogrpo.setup(cfg)
+    monkeypatch.setattr(lean, "SLICE", 2**16)  # the policy is small
+    run = mogrpo.setup(cfg, weights=torch.bfloat16 if is_lean else torch.float32)
+    if is_lean:
+        run.optimizer = lean.Lean(run.policy, cfg)
     run.policy.eos = [-2]  # no response ends early
     ones = torch.ones(16)
     prompts = mogrpo.prompts_of_step(run, 1)
