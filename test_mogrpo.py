@@ -1978,6 +1978,12 @@ def test_one_file_is_enough(tiny_run):
     assert len(steps_of()) == 2
     stock_model("out/mogrpo/policy")
 
+def shares_of(scores_PGK, parts_PGK):
+    """share/<axis> of two axes of weight 1, in percent."""
+    run = SimpleNamespace(cfg=CFG, axes=["x", "y"], weights_K=torch.ones(2))
+    metrics = mogrpo.group_metrics(run, scores_PGK, parts_PGK)
+    return [100 * metrics[f"share/{axis}"] for axis in run.axes]
+
 def test_readme_computes_its_group_worked_through():
     """Part 3. The commands of the READMEs are run by .ci/run."""
     text = Path(f"{HERE}/README.md").read_text()
@@ -1987,6 +1993,9 @@ def test_readme_computes_its_group_worked_through():
     for column, combine in ((3, "sum"), (4, "gdpo"), (5, "lagrangian")):
         parts = run_with(combine, [0.0, 1.0])(rows[None, :, :2], torch.ones(2), CFG)
         assert_close(rows[:, column], parts[0].sum(-1), atol=0.005, rtol=0)
+    scores_PGK = rows[None, :, :2]
+    share_K = shares_of(scores_PGK, mogrpo.combine_sum(scores_PGK, torch.ones(2), CFG))
+    assert "has a share of {:.0f} %, safety of {:.0f} %.".format(*share_K) in text
 
 def test_readme_computes_its_step_in_numbers():
     """Part 4: two prompts with two answers each, and the figures below the table."""
@@ -2023,10 +2032,8 @@ def test_readme_computes_its_step_in_numbers():
     assert f"(1 - 0.16 x 0.69) = {slopes_B[0]:.4f}`" in text
     _, slopes_B = loss_and_slopes(rho=1.5)
     assert f"leaves them at {abs(slopes_B[0]):.4f}:" in text
-    run = SimpleNamespace(cfg=cfg, axes=["politeness", "safety"], weights_K=torch.ones(2))
-    metrics = mogrpo.group_metrics(run, scores.view(2, 2, 2), parts_PGK)
-    percent = {axis: f"{100 * metrics[f'share/{axis}']:.0f} %" for axis in run.axes}
-    assert f"a share of {percent['politeness']}, safety of {percent['safety']}" in text
+    share_K = shares_of(scores.view(2, 2, 2), parts_PGK)
+    assert "has a share of {:.0f} %, safety of {:.0f} %:".format(*share_K) in text
 
 @cases("page, blocks", [("data", 1), ("ablations", 1)])
 def test_readme_prints_what_its_python_prints(page, blocks, printed):
