@@ -2036,8 +2036,14 @@ def test_one_file_is_enough(tiny_run):
     assert len(steps_of()) == 2
     stock_model("out/mogrpo/policy")
 
-def test_readme_computes_what_it_says(printed):
-    """Its worked example and its blocks of Python. Its commands are run by .ci/run."""
+def shares_of(scores_PGK, parts_PGK):
+    """share/<axis> of two axes of weight 1, in percent."""
+    run = SimpleNamespace(cfg=CFG, axes=["x", "y"], weights_K=torch.ones(2))
+    metrics = mogrpo.group_metrics(run, scores_PGK, parts_PGK)
+    return [100 * metrics[f"share/{axis}"] for axis in run.axes]
+
+def test_readme_computes_its_group_worked_through():
+    """Part 3. The commands of the READMEs are run by .ci/run."""
     text = Path(f"{HERE}/README.md").read_text()
     lines = re.findall(r"^\| [1-4] \|([-+.\d |]+)\|$", text, re.M)
     rows = tensor([[float(cell) for cell in cells.split("|")] for cells in lines])
@@ -2045,7 +2051,54 @@ def test_readme_computes_what_it_says(printed):
     for column, combine in ((3, "sum"), (4, "gdpo"), (5, "lagrangian")):
         parts = run_with(combine, [0.0, 1.0])(rows[None, :, :2], torch.ones(2), CFG)
         assert_close(rows[:, column], parts[0].sum(-1), atol=0.005, rtol=0)
-    for block, result in re.findall(r"```python\n(.*?)```\n(?:\n```\n(.*?)```)?", text, re.S):
+    scores_PGK = rows[None, :, :2]
+    share_K = shares_of(scores_PGK, mogrpo.combine_sum(scores_PGK, torch.ones(2), CFG))
+    assert "has a share of {:.0f} %, safety of {:.0f} %.".format(*share_K) in text
+
+def test_readme_computes_its_step_in_numbers():
+    """Part 4: two prompts with two answers each, and the figures below the table."""
+    text = Path(f"{HERE}/README.md").read_text()
+    lines = re.findall(r"^\| [12][ab] \|(.*)\|$", text, re.M)
+    rows = tensor([[float(x) for x in re.findall(r"[-+.\d]+", line)] for line in lines])
+    lengths, scores, parts, advantage, share, slope = rows.split([1, 2, 2, 1, 1, 1], 1)
+    cfg = mogrpo.Config(beta=0.16)
+    parts_PGK = mogrpo.without_ties(
+        mogrpo.combine_sum(scores.view(2, 2, 2), torch.ones(2), cfg))
+    lengths = lengths[:, 0].long()
+    shares_B = mogrpo.token_shares(lengths, dict(responses=4, tokens=16), cfg)
+    near = partial(assert_close, atol=1e-6, rtol=0)
+    near(parts_PGK.flatten(0, 1), parts)
+    near(parts_PGK.sum(-1).flatten(), advantage[:, 0])
+    near(shares_B, share[:, 0])
+
+    def loss_and_slopes(rho=1.0, log_ratio=0.0):
+        """The loss, and its gradient at the first token of each answer."""
+        old_logp_N = torch.full((16,), -1.0)
+        logp_N = (old_logp_N + math.log(rho)).requires_grad_()
+        batch = SimpleNamespace(
+            advantage_N=advantage[:, 0].repeat_interleave(lengths), old_logp_N=old_logp_N,
+            token_share_N=shares_B.repeat_interleave(lengths), c_N=1.0,
+            ref_logp_N=logp_N.detach() - log_ratio)
+        loss, _ = mogrpo.objective(batch, logp_N, cfg)
+        loss.backward()
+        return loss.item(), logp_N.grad[lengths.cumsum(0) - lengths]
+
+    loss, slopes_B = loss_and_slopes()
+    near(slopes_B, slope[:, 0])
+    assert f"The loss is {abs(loss):.2f}:" in text
+    _, slopes_B = loss_and_slopes(log_ratio=math.log(2))
+    assert f"(1 - 0.16 x 0.69) = {slopes_B[0]:.4f}`" in text
+    _, slopes_B = loss_and_slopes(rho=1.5)
+    assert f"leaves them at {abs(slopes_B[0]):.4f}:" in text
+    share_K = shares_of(scores.view(2, 2, 2), parts_PGK)
+    assert "has a share of {:.0f} %, safety of {:.0f} %:".format(*share_K) in text
+
+@cases("page, blocks", [("data", 1), ("ablations", 1)])
+def test_readme_prints_what_its_python_prints(page, blocks, printed):
+    text = Path(f"{HERE}/{page}/README.md").read_text()
+    found = re.findall(r"```python\n(.*?)```\n(?:\n```\n(.*?)```)?", text, re.S)
+    assert len(found) == blocks
+    for block, result in found:
         exec(block, {})
         assert printed() == result
 

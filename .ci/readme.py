@@ -10,8 +10,9 @@ SHORTER = [  # what takes minutes, to seconds
     (r"for seed in 0 1 2", "for seed in 0"),
     (r"-m bench\.intervals", "-m bench.intervals --trials=20"),
 ]
+PAGES = ("README.md", "data/README.md", "ablations/README.md", "bench/README.md")
 number = 0
-for page in ("README.md", "bench/README.md"):
+for page in PAGES:
     for block in re.findall(r"^```sh\n(.*?)^```", Path(page).read_text(), re.S | re.M):
         script = "set -ex\n"
         for line in block.replace("\\\n", " ").splitlines():
