@@ -1,39 +1,56 @@
 r"""
 Multi-objective GRPO: align a language model to several objectives at once, without a critic.
 
-For each prompt q the policy pi samples a group of G responses o_1..o_G. Reward models, rules of
-your own, or both give each response K scores s_ik. GRPO (group relative policy optimization)
-compares within the group only: what is better than its siblings becomes likelier.
+For each prompt q the policy pi, the model in training, samples a group of G responses o_1..o_G.
+Reward models, rules of your own, or both give each response K scores s_ik, one on each objective
+(an axis). GRPO (group relative policy optimization) compares within the group only: what is better
+than its siblings becomes likelier. The advantage A_i says how much better; all tokens of a response
+have the response's.
 
-    e_ik  = s_ik - mean_G s_k                           the group is its own baseline: no critic
+    e_ik  = s_ik - mean_G s_k                           compared with the group
     A_i   = r_i / max(std_G r, std_floor)               r_i = sum_k w_k e_ik: K axes, one advantage
     or with --combine=gdpo
     A_i   = r_i / (std of r over the step)              r_i = sum_k w_k e_ik / std_G s_k
-    rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)   for each token; pi_old: before this update
-    c     = min(pi_old / pi_sampler, 2)                 pi_sampler: as computed while sampling
-    gain  = min(rho A_i c, clip(rho, 1 - clip_low, 1 + clip_high) A_i c)     PPO's clipped objective
-    price = rho log(pi / pi_ref)                        the logarithm held fixed: see `objective`
-    loss  = - sum over all tokens of share * (gain - beta * price)    share: see `token_shares`
+    rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)   for each token. pi_old: the weights that
+                                                        have sampled it, before this update
+    c     = min(pi_old / pi_sampler, 2)                 pi_sampler: the same weights, rounded as
+                                                        they were while sampling: c is near 1
+    gain  = min(rho A_i c, clip(rho, 1 - clip_low, 1 + clip_high) A_i c)     see `objective`
+    price = rho log(pi / pi_ref)                        the logarithm held fixed: see `objective`.
+                                                        pi_ref: the policy before all training
+    loss  = - sum over all tokens of share * (gain - beta * price)
+                                                        share: 1 / (tokens of its response x
+                                                        responses), or see `token_shares`
     pi   <- AdamW step down the loss                    `epochs` times; then sample again
+
+Why it works: a reward has no gradient, but its mean over responses has one. As
+grad pi = pi grad log pi,
+
+    grad E[r] = E[r grad log pi(o | q)]                 log pi(o | q) = sum_t log pi(o_t | q, o_<t)
+
+So one samples, and pushes up the log-prob of each token by the r of its response: a policy
+gradient. E[grad log pi] is 0, since probabilities sum to 1, so a constant may be taken off r and
+the mean stays; taking off the group's mean removes most of the noise. (PPO takes off what a second
+network, the critic, predicts.) And at pi = pi_old the gradient of rho is that of log pi.
 
 Sources: arXiv 2402.03300 (GRPO), 2503.21819 (several objectives at once; its hyperparameters are
 not public, so every default is our own choice).
 
 Departures from 2402.03300:
 - The std (that of the population, sum / G) is floored: below some spread a learned score is noise.
-- A group that is equal on every axis, but for rounding, gets an advantage of exactly 0.
+- A group that is equal on every axis, or whose axes cancel, but for rounding, gets an advantage of
+  exactly 0.
 - rho may rise further than it may fall (DAPO, 2503.14476).
-- The gradient of the price is that of KL(pi || pi_ref). That of the published KL term is not: see
-  `objective`.
+- The KL term has the gradient of KL(pi || pi_ref). The published one has not: see `objective`.
 - c, an importance weight: the sampler works token by token with a cache, so it rounds in another
   way than the trainer, and samples from a slightly other distribution than the one that is trained
   (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). The
   price goes without it: beta times so small a correction is not worth a factor.
 All probabilities are those at --temperature.
 
-Worth knowing: with --epochs=1 rho is exactly 1 (it is there for its gradient), so nothing is ever
-clipped, and this is a policy gradient with the group as its baseline. And only the ratios of
-weights matter, as long as no std is below the floor.
+Worth knowing: with --epochs=1, the default, rho is exactly 1 (it is there for its gradient), so
+nothing is ever clipped. And only the ratios of weights matter, as long as no std is below the
+floor: dividing by the std takes a common factor away.
 
 Left out: a separate inference engine, several minibatches a rollout, tools, several turns.
 
@@ -51,7 +68,7 @@ Who calls whom:
         train
             grpo_step                          for each step
                 experience
-                    rollout                    sample, which calls pick for every token
+                    rollout                    sample_all, sample; pick for every token
                     score_responses            reward models, rules
                 combine_sum or combine_gdpo    centred; then without_ties
                 grpo_update
@@ -136,7 +153,8 @@ class Config:
     clip_low: float = 0.2         # where A < 0 the gradient stops at rho = 1 - clip_low
     clip_high: float = 0.28       # where A > 0 at 1 + clip_high; more keeps rare tokens (DAPO)
     loss_norm: Literal["sequence", "token", "constant"] = "sequence"  # sequence: every response
-                                  # weighs the same; token, constant: every token does
+                                  # weighs the same; token: every token does; constant: too,
+                                  # and by the same number in every step
     std_floor: float = 0.01       # least std to divide by: a narrower spread is taken for noise.
                                   # With gdpo: this fraction of the axis's std over the step
     # sampling
@@ -206,7 +224,11 @@ def standardized(scores_PGK, cfg):
 
 # Both functions below take the scores of all groups of a step and return parts_PGK: what each axis
 # adds to the advantage. Summed over K they are the advantages. (That they are kept apart is for the
-# log: share/<axis>.) weights_K may be P1K, too: each prompt's own.
+# log: share/<axis>.) weights_K may be P1K, too: each prompt's own. For example, a step of one group
+# of four, and two axes of weight 1:
+#     s_1 = 3 1 1 3    e_1 = 1 -1 -1 1          s_2 = 0 1 0 1    e_2 = -.5 .5 -.5 .5
+#     sum:    r = .5 -.5 -1.5 1.5    A = .45 -.45 -1.34 1.34     the wide axis decides the first two
+#     gdpo:   r =  0   0   -2   2    A =   0    0 -1.41 1.41     there the two axes cancel
 
 def combine_sum(scores_PGK, weights_K, cfg):
     """part_ik = w_k e_ik / max(std_G r, std_floor), where r_i = sum_k w_k e_ik: an axis counts as
@@ -226,8 +248,8 @@ def combine_gdpo(scores_PGK, weights_K, cfg):
 COMBINE = dict(sum=combine_sum, gdpo=combine_gdpo)  # the values of --combine
 
 def without_ties(parts_PGK):
-    """Parts of advantages, but exactly 0 in a group whose advantages are nothing but rounding: Adam
-    rescales any gradient to a full step, so rounding alone would move the weights."""
+    """Axes that cancel leave rounding (equal scores do not: see `centred`): set to 0, since Adam
+    rescales any gradient to a full step, so that rounding alone would move the weights."""
     advantages_PG1 = parts_PGK.sum(-1, keepdim=True)
     largest_P11 = parts_PGK.abs().amax((1, 2), keepdim=True)
     is_tie_P11 = advantages_PG1.abs().amax(1, keepdim=True) <= 1e-6 * largest_P11
@@ -244,19 +266,22 @@ def objective(batch, logp_N, cfg):
     clipped_rho_N = rho_N.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)  # no gradient outside
     unclipped_gain_N = rho_N * batch.advantage_N * batch.c_N
     clipped_gain_N = clipped_rho_N * batch.advantage_N * batch.c_N
-    gain_N = torch.min(unclipped_gain_N, clipped_gain_N)  # clipping takes gain away, never adds any
+    # PPO's: no more gradient once a token has moved far enough the way that A wants, above
+    # 1 + clip_high if A > 0, below 1 - clip_low if A < 0. If it has moved the wrong way min takes
+    # the unclipped one, so that it can return
+    gain_N = torch.min(unclipped_gain_N, clipped_gain_N)
 
-    # The gradient of KL(pi || pi_ref) is E_pi[log(pi / pi_ref) grad log pi]: a token pays for how
-    # much likelier it has become, though not for where it leads. Holding the logarithm fixed gives
-    # just that; its own gradient, grad log pi, is 0 on average: noise. GRPO as published has k3,
-    # below, in the loss: its value is right on average, its gradient is that of KL(pi_ref || pi),
-    # in rare large spikes (2512.02556, 2510.01555).
+    # KL of one next token: E_pi[L], L = log(pi / pi_ref). As grad pi = pi grad log pi, its gradient
+    # is E_pi[L grad log pi] + E_pi[grad log pi], and the second is 0. rho L with L held fixed has
+    # the first alone. (Left out: that a token also changes which tokens come later.) GRPO as
+    # published has k3, below, in the loss: the right value on average, but the gradient of
+    # KL(pi_ref || pi), in rare large spikes (2512.02556, 2510.01555)
     log_ratio_N = (logp_N - batch.ref_logp_N).detach()
     price_N = rho_N * log_ratio_N
     loss = -(batch.token_share_N * (gain_N - cfg.beta * price_N)).sum()
 
-    # The KL in the log is Schulman's k3, x - 1 - log x of x = pi_ref / pi: never negative, and
-    # since the mean of x under pi is 1, right on average
+    # The KL in the log is Schulman's k3, x - 1 - log x of x = pi_ref / pi. E_pi[x] is 1, so its
+    # mean is E_pi[-log x], the KL; and it is never negative
     k3_N = (-log_ratio_N).exp() - 1 + log_ratio_N
     is_clipped_N = unclipped_gain_N > clipped_gain_N
     return loss, dict(kl=(batch.token_share_N * k3_N).sum(),
@@ -265,7 +290,7 @@ def objective(batch, logp_N, cfg):
 def token_shares(lengths_B, counts, cfg):
     """For each response the share of each one of its tokens in the loss of the step -> shares_B.
     `counts`, of responses and tokens, are of the whole step, over all processes and micro-batches:
-    a mean taken inside each would weigh a token by how its neighbours happened to be packed."""
+    with a mean inside each a token's weight would depend on which micro-batch it is in."""
     if cfg.loss_norm == "sequence":  # GRPO: mean over a response's tokens, then over responses
         return 1 / (lengths_B * counts["responses"])
     if cfg.loss_norm == "token":     # DAPO: mean over all tokens; a long response weighs more
@@ -280,7 +305,11 @@ def token_shares(lengths_B, counts, cfg):
 # `sample` and `plain_logits` are the simple ways to sample and to get log-probs: the library's own,
 # right for any causal model it has. Part 4 has a faster way through most models, which is taken
 # where it gives the same numbers (then policy.fast is True). Also from part 4:
-#     gathered       a `with` block in which the whole policy is on this process
+#     gathered       a `with` block in which the whole policy is on this process. All processes
+#                    must enter it, hence "every process must call it" below
+#     sample_all     `sample`, or the faster way, of as many rows at once as memory allows
+#     score          of a reward model: its K scores of each (messages, response)
+#     rule_scores    of your own function
 #     batch_of       rows of token ids and their mask as tensors, all ending in the same column
 #     must_stop      whether Ctrl-C has come; heed_signals stops for it, on all processes together
 
@@ -308,9 +337,8 @@ def pick(logits_BV, u_B):
 def sample(policy, prompts, u_BT, temperature):
     """A response to each of B prompts (here: lists of token ids) -> B token lists, each up to and
     including its end token or cut at T; their log-probs under the sampler, B tensors on the CPU.
-    The library's `generate` runs the model, whatever its cache, masks and logits are. It does
-    greedy search, but over logits that we change: `draw` samples a token and sets the logits of all
-    others to -inf, so that greedy search must take it."""
+    The library's `generate` runs the model, but with random numbers of ours: `draw` samples a token
+    and sets the logits of all others to -inf, so that its greedy search must take that token."""
     B, T = u_BT.shape
     logps = []  # logp_B of each new token
 
@@ -357,7 +385,7 @@ def padded(rows):
 
 def response_logp(policy, pairs, temperature):
     """Log-probs of all response tokens of the pairs, at the sampler's temperature -> logp_N."""
-    if policy.fast:  # a list of pairs in a namespace: FSDP would look for tensors, token by token
+    if policy.fast:  # a namespace, or FSDP would search every token of the list for tensors
         return policy.packed_logp(SimpleNamespace(pairs=pairs), temperature)
     targets = [token for _, response in pairs for token in response]
     logits_NV = plain_logits(policy, pairs) / temperature
@@ -373,31 +401,17 @@ def rollout(policy, prompts, stream, group_size, cfg):
     truncated (it has no end token), sampler_logp (of each token). Every process must call it, even
     with no prompts. The same `stream`, (seed, step) in training, gives a prompt the same
     responses."""
-    rows = []
     asked = [(prompt, g) for prompt in prompts for g in range(group_size)]
-    sampler = fast_sample if policy.fast else sample
+    prompt_ids = [prompt["ids"] for prompt, _ in asked]
+    keys = [(*stream, prompt["index"], g) for prompt, g in asked]
     with gathered(policy):
-        while len(rows) < len(asked):
-            at_once = max(1, cfg.sample_rows // group_size) * group_size  # whole groups
-            some = asked[len(rows):len(rows) + at_once]
-            keys = [(*stream, prompt["index"], g) for prompt, g in some]
-            u_BT = uniforms(keys, cfg.max_new_tokens)
-            if cfg.temperature < 1e-20:  # eval.py's 0: of several likeliest tokens the first
-                u_BT.zero_()
-            prompt_ids = [prompt["ids"] for prompt, _ in some]
-            try:
-                responses, logps = sampler(policy, prompt_ids, u_BT, cfg.temperature)
-            except torch.OutOfMemoryError:
-                if at_once == group_size:
-                    raise
-                cfg.sample_rows = at_once // 2  # from now on; what is sampled stays the same
-                warn(f"memory is short: --sample_rows={cfg.sample_rows}")
-                continue
-            texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
-            for (prompt, _), response, text, logp_T in zip(some, responses, texts, logps):
-                rows.append(dict(
-                    prompt=prompt, response=response, text=text, tokens=len(response),
-                    truncated=response[-1] not in policy.eos, sampler_logp=logp_T))
+        responses, logps = sample_all(policy, prompt_ids, keys, group_size, cfg)
+    texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    rows = []
+    for (prompt, _), response, text, logp_T in zip(asked, responses, texts, logps):
+        rows.append(dict(
+            prompt=prompt, response=response, text=text, tokens=len(response),
+            truncated=response[-1] not in policy.eos, sampler_logp=logp_T))
     heed_signals()  # raises Stopped if a signal has come: half-finished rows are not returned
     return rows
 
@@ -420,6 +434,7 @@ def score_responses(rows, reward_models, rules):
 #
 # From part 4 come
 #     prompts_of_step    this process's prompts of a step: number i is on process i % world
+#     reference_logp     `response_logp` under pi_ref, no gradients
 #     collect            what all processes have of a step, in the order of its prompts, on each
 #     total              the sums of numbers over all processes
 #     packed_together    which rows make a micro-batch
@@ -432,7 +447,7 @@ def experience(run, step):
     return sample_and_score(run, prompts_of_step(run, step), step)
 
 def sample_and_score(run, prompts, step):
-    """The same of any prompts. Every process must call it, even with no prompts."""
+    """The same of given prompts (a fork may choose them). Every process must call it."""
     with timed(run, "sec/sample"):
         rows = rollout(run.policy, prompts, (run.cfg.seed, step), run.cfg.group_size, run.cfg)
     with timed(run, "sec/score"):
@@ -483,7 +498,7 @@ def micro_batches(run, rows, advantages_B):
             sampler_logp_N=torch.cat([rows[b]["sampler_logp"] for b in chosen]).to(DEVICE),
             advantage_N=advantages_B[chosen].repeat_interleave(lengths).to(DEVICE),
             token_share_N=shares_B[chosen].repeat_interleave(lengths).to(DEVICE)))
-    even_out(batches)
+    even_out(batches)  # by repeating one with share 0: FSDP needs as many on every process
     return batches, counts
 
 def grpo_update(run, rows, advantages_B, step):
@@ -512,7 +527,7 @@ def grpo_update(run, rows, advantages_B, step):
                 sums["sampler_gap"] += (gap_N.abs() * per_token_N).sum()
                 sums["entropy"] -= (batch.old_logp_N * per_token_N).sum()  # its mean is E[-log pi]
             loss, logged = run.objective(batch, logp_N, cfg)
-            # FSDP divides by world, but a share already counts the tokens of all processes
+            # FSDP averages gradients over processes; shares are of all processes, so want the sum
             (loss * run.world).backward()
             for name, value in dict(loss=loss.detach(), **logged).items():
                 sums[name] += value / cfg.epochs
@@ -535,9 +550,10 @@ def optimizer_step(run, step):
     grad_norm = 0.0
     for group in run.optimizer.param_groups:  # one; a fork may have more
         group["lr"] = group["peak_lr"] * warmup * cosine
-        norm = nn.utils.clip_grad_norm_(group["params"], cfg.grad_clip).full_tensor()
+        norm = nn.utils.clip_grad_norm_(group["params"], cfg.grad_clip)
+        norm = norm.full_tensor()  # of all processes' shards
         grad_norm += norm.item()  # a CPU-GPU sync point
-    if math.isfinite(grad_norm):  # if the loss is not, this is not
+    if math.isfinite(grad_norm):  # it is not where the loss is not
         run.optimizer.step()  # on this process's shards
         state["updates"] += 1
         state["skipped_in_a_row"] = 0
@@ -578,10 +594,10 @@ class Run:
     trained: nn.Module            # whose weights and moments a checkpoint holds
     state: dict                   # counters and such, in the checkpoint as JSON
     seconds: dict                 # of the step's phases so far
-    experience: Callable          # (run, step) -> rows, scores_BK of this process
-    combine: Callable             # all scores_PGK, weights_K, cfg -> parts_PGK of the advantages
-    update: Callable              # (run, rows, advantages_B, step) -> metrics
-    objective: Callable           # (batch, logp_N, cfg) -> loss, what is logged
+    experience: Callable          # `experience`: (run, step) -> this process's rows, scores_BK
+    combine: Callable             # `combine_sum` or `combine_gdpo`
+    update: Callable              # `grpo_update`: (run, rows, advantages_B, step) -> metrics
+    objective: Callable           # `objective`: (batch, logp_N, cfg) -> loss, what is logged
 
 def train(run, one_step):
     """Call `one_step(run, step)` (here `grpo_step`; a fork hands over its own, whose metrics hold
@@ -594,7 +610,7 @@ def train(run, one_step):
     catch_signals()
     try:
         for step in range(state["step"] + 1, cfg.steps + 1):
-            # Before the step: a run that was stopped after the last one does it when resumed
+            # Here and not after a step, so that a run that is resumed here has its evaluation
             if step == 1 or cfg.eval_interval and (step - 1) % cfg.eval_interval == 0:
                 evaluate(run, step - 1)
             metrics = one_step(run, step)
@@ -1263,6 +1279,30 @@ def batch_of(model, rows, side="left"):
                                 return_attention_mask=True)
     return batch.to(DEVICE)
 
+def sample_all(policy, prompts, keys, group_size, cfg):
+    """`sample` or `fast_sample`, of whole groups, `sample_rows` at once. Where memory is too short
+    for these it goes on with half as many: what is sampled stays the same."""
+    sampler = fast_sample if policy.fast else sample
+    u_BT = uniforms(keys, cfg.max_new_tokens)
+    if cfg.temperature < 1e-20:  # eval.py's 0: of several likeliest tokens the first
+        u_BT.zero_()
+    responses = []
+    logps = []
+    while len(responses) < len(prompts):
+        at_once = max(1, cfg.sample_rows // group_size) * group_size
+        some = slice(len(responses), len(responses) + at_once)
+        try:
+            more, their_logps = sampler(policy, prompts[some], u_BT[some], cfg.temperature)
+        except torch.OutOfMemoryError:
+            if at_once == group_size:
+                raise
+            cfg.sample_rows = at_once // 2
+            warn(f"memory is short: --sample_rows={cfg.sample_rows}")
+            continue
+        responses += more
+        logps += their_logps
+    return responses, logps
+
 USE_GRAPHS = CUDA
 LOOK_EVERY = 64 if CUDA else 4  # tokens between two looks at which rows have ended
 # A recording is good for these rows and columns only, and costs as much as dozens of tokens. So on
@@ -1489,8 +1529,9 @@ def log_step(run, step, metrics):
     """A step's metrics into metrics.jsonl, and a line on the terminal."""
     seconds = sum(run.seconds.values())
     tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size  # of all processes
-    host_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
-    peak = torch.cuda.max_memory_allocated() if CUDA else 1024 * host_kb
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB, but on macOS in bytes
+    host *= 1 if sys.platform == "darwin" else 1024
+    peak = torch.cuda.max_memory_allocated() if CUDA else host
     write_row(run, "metrics.jsonl", {"step": step, **metrics, "tok_per_s": tokens / seconds,
                                      "peak_gb": peak / 2**30})
     if IS_FIRST:  # a resumed run cuts off what comes after
