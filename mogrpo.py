@@ -8,9 +8,11 @@ than its siblings becomes likelier. The advantage A_i says how much better; all 
 have the response's.
 
     e_ik  = s_ik - mean_G s_k                           compared with the group
-    A_i   = r_i / max(std_G r, std_floor)               r_i = sum_k w_k e_ik: K axes, one advantage
+    r_i   = sum_k w_k e_ik                              K axes become one reward
+    A_i   = r_i / max(std_G r, std_floor)
     or with --combine=gdpo
-    A_i   = r_i / (std of r over the step)              r_i = sum_k w_k e_ik / std_G s_k
+    r_i   = sum_k w_k e_ik / std_G s_k                  each axis in units of its own spread
+    A_i   = r_i / (std of r over the step)
     rho   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)   for each token. pi_old: the weights that
                                                         have sampled it, before this update
     c     = min(pi_old / pi_sampler, 2)                 pi_sampler: the same weights, rounded as
@@ -338,7 +340,8 @@ def sample(policy, prompts, u_BT, temperature):
     """A response to each of B prompts (here: lists of token ids) -> B token lists, each up to and
     including its end token or cut at T; their log-probs under the sampler, B tensors on the CPU.
     The library's `generate` runs the model, but with random numbers of ours: `draw` samples a token
-    and sets the logits of all others to -inf, so that its greedy search must take that token."""
+    and sets the logits of all others to -inf, so that its greedy search must take that token.
+    (`load_policy` has emptied the folder's generation config: no penalty, no top-k comes first.)"""
     B, T = u_BT.shape
     logps = []  # logp_B of each new token
 
@@ -435,7 +438,7 @@ def score_responses(rows, reward_models, rules):
 # From part 4 come
 #     prompts_of_step    this process's prompts of a step: number i is on process i % world
 #     reference_logp     `response_logp` under pi_ref, no gradients
-#     collect            what all processes have of a step, in the order of its prompts, on each
+#     collect            x[rank::world] of each process -> x, on every process
 #     total              the sums of numbers over all processes
 #     packed_together    which rows make a micro-batch
 #     even_out           as many micro-batches on every process
@@ -468,7 +471,7 @@ def grpo_step(run, step):
     # few kB), computes all advantages, and keeps its own (prompt i is on process i % world)
     scores_PGK = scores_BK.unflatten(0, (-1, cfg.group_size))
     all_scores_PGK = torch.tensor(collect(scores_PGK.tolist()))
-    if all_scores_PGK.isnan().all():
+    if run.reward_models and all_scores_PGK.isnan().all():  # rules may have nothing to say
         raise Stopped(f"step {step}: no response has a score on any axis")
     all_parts_PGK = without_ties(run.combine(all_scores_PGK, run.weights_K, cfg))
     all_advantages_PG = all_parts_PGK.sum(-1)
@@ -568,12 +571,21 @@ def optimizer_step(run, step):
 
 @dataclass
 class Run:
-    """What a step reads, made by `setup`. A fork is a file of its own (see ablations/) that sets
-    one of the last four, or hands `train` a step of its own:
+    """What a step reads, made by `setup`. A fork is a file of its own that sets one of the last
+    four, or hands `train` a step of its own. The smallest, ablations/NAME.py:
 
-        run = setup(cfg)
-        run.combine = my_function
-        train(run, grpo_step)
+        from mogrpo import *
+
+        def plain_points(scores_PGK, weights_K, cfg):
+            return weights_K * centred(scores_PGK)
+
+        def main(cfg):
+            run = setup(cfg)
+            run.combine = plain_points
+            train(run, grpo_step)
+
+        if __name__ == "__main__":
+            launch(main, Config, __doc__, TOY)
     """
     cfg: Config
     rank: int                     # number of this process
@@ -600,9 +612,10 @@ class Run:
     objective: Callable           # `objective`: (batch, logp_N, cfg) -> loss, what is logged
 
 def train(run, one_step):
-    """Call `one_step(run, step)` (here `grpo_step`; a fork hands over its own, whose metrics hold
-    the same names as far as `log_step` prints them) until cfg.steps, and log, evaluate, save, stop
-    and resume around it."""
+    """Call `one_step(run, step)` (here `grpo_step`) until cfg.steps, and log, evaluate, save, stop
+    and resume around it. A step of your own works in `timed` blocks, updates by `optimizer_step`,
+    which counts (Adam is told the number when it resumes), and returns the metrics that `log_step`
+    prints."""
     cfg = run.cfg
     state = run.state
     open_out_dir(cfg, run.trained, run.optimizer, state)  # a fresh folder, or the run to resume
@@ -611,12 +624,12 @@ def train(run, one_step):
     try:
         for step in range(state["step"] + 1, cfg.steps + 1):
             # Here and not after a step, so that a run that is resumed here has its evaluation
-            if step == 1 or cfg.eval_interval and (step - 1) % cfg.eval_interval == 0:
+            if step == 1 or (cfg.eval_interval and (step - 1) % cfg.eval_interval == 0):
                 evaluate(run, step - 1)
             metrics = one_step(run, step)
             state["step"] = step
             log_step(run, step, metrics)
-            if step == cfg.steps or cfg.save_interval and step % cfg.save_interval == 0:
+            if step == cfg.steps or (cfg.save_interval and step % cfg.save_interval == 0):
                 save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
         evaluate(run, cfg.steps)
     except Stopped as stop:  # all processes at once; what the next step had begun is dropped
@@ -842,9 +855,10 @@ def encode(reward_model, texts):
     for n in cut:
         rows[n] = start + rows[n][len(rows[n]) - most + len(start):]
     if cut:
-        answers = sum(len(tokenize(tokenizer, texts[n][1])) > most for n in cut)
-        warn(f"{reward_model.name_or_path}: {len(cut)} of {len(texts)} texts have more than {most} "
-             f"tokens: their beginning is cut off, of {answers} that of the answer itself")
+        warn(f"{reward_model.name_or_path}: some texts have more than {most} tokens: their "
+             "beginning is cut off")
+        if any(len(tokenize(tokenizer, texts[n][1])) > most for n in cut):
+            warn(f"{reward_model.name_or_path}: of some even the answer's beginning is cut off")
     return rows
 
 def logits_of(reward_model, ids):
@@ -906,7 +920,8 @@ def import_file(path):
     folder, name = os.path.split(os.path.realpath(path))
     sys.path.insert(0, folder)
     module = importlib.import_module(name.removesuffix(".py"))
-    assert os.path.realpath(module.__file__) == f"{folder}/{name}", "another module has its name"
+    require(os.path.realpath(module.__file__) == f"{folder}/{name}",
+            f"{path}: {module.__file__} has the same name; rename one of them")
     return module
 
 def calls_of(rules, units):
@@ -1075,6 +1090,7 @@ def layout(pairs):
 
         ids        0 7 8 5 6        positions  0 0 1 2 2
         predictors 2 3 2 4          targets    5 2 6 2
+        segments   prompts: tokens [1 2] see [1 2]; responses: [3] sees [1 2 3], [4] sees [1 2 4]
     """
     ids = [0]  # the padding of segments: one token
     positions = [0]
@@ -1294,9 +1310,10 @@ def sample_all(policy, prompts, keys, group_size, cfg):
         try:
             more, their_logps = sampler(policy, prompts[some], u_BT[some], cfg.temperature)
         except torch.OutOfMemoryError:
-            if at_once == group_size:
+            tried = len(prompts[some])
+            if tried <= group_size:
                 raise
-            cfg.sample_rows = at_once // 2
+            cfg.sample_rows = tried // 2
             warn(f"memory is short: --sample_rows={cfg.sample_rows}")
             continue
         responses += more
@@ -1340,6 +1357,7 @@ def fast_sample(policy, prompts, u_BT, temperature):
     whole_width = cache.width
     recorded = None  # the turn, as long as rows and columns are the same
     for t in range(1, T, LOOK_EVERY):
+        # Here tokens 0 to t - 1 are sampled, and the last of them is not yet in the cache
         has_ended_R = torch.isin(tokens_BT[row_R, :t], end_tokens).any(1)
         going = (~has_ended_R).nonzero().squeeze(1)  # waits for the GPU
         if len(going) == 0 or must_stop():
@@ -1527,7 +1545,7 @@ def log_samples(run, step, rows, scores_BK, heldout):
 
 def log_step(run, step, metrics):
     """A step's metrics into metrics.jsonl, and a line on the terminal."""
-    seconds = sum(run.seconds.values())
+    seconds = max(1e-9, sum(run.seconds.values()))
     tokens = metrics["length"] * run.cfg.prompts_per_step * run.cfg.group_size  # of all processes
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB, but on macOS in bytes
     host *= 1 if sys.platform == "darwin" else 1024
@@ -1939,7 +1957,7 @@ def lock(out_dir):
     path = f"{out_dir}.lock"
     if IS_FIRST:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = open(path, "w")
+        file = open(path, "a")  # not yet emptied: it may be another run's
         LOCKS.append(file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1947,6 +1965,7 @@ def lock(out_dir):
             die(f"{out_dir}: another run writes there and has locked {path}")
         except OSError:
             pass  # a file system without locks
+        file.truncate(0)
         print(time.time(), file=file, flush=True)  # of this run, and no other
     dist.barrier()
     seen = open(path).read() if os.path.exists(path) else None
@@ -2196,7 +2215,7 @@ def parse(config_class, argv, doc, toy={}):
     """`--key=value` or `--key value` for the fields of a dataclass (`--flag` alone for True) -> an
     instance; anything else is one error line. `toy`: defaults that hold while the first field is
     "toy", and its value then: a 0.3M-parameter model wants a rate that would ruin a 7B one."""
-    manual = doc
+    manual = doc or ""
     for cls in reversed(config_class.__mro__[:-1]):  # of a fork its own knobs come last
         manual += inspect.getsource(cls).partition("    def ")[0]  # each knob with its why
     parser = transformers.HfArgumentParser(

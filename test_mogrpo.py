@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import weakref
 from contextlib import redirect_stderr
 from functools import partial
@@ -971,6 +972,21 @@ def test_rules_may_abstain_and_fail(flags, printed):
     assert exists("out/mogrpo/checkpoint") and not exists("out/mogrpo/policy")
     for name in mogrpo.LOGS:
         assert "NaN" not in Path(f"out/mogrpo/{name}").read_text()
+
+def test_rules_may_have_nothing_to_say_at_all(tiny_run):
+    """Not in a whole step: it moves nothing, and the run goes on."""
+    write_text("mute.py", "def scores(record, response): return {'x': None}")
+    run_main(mogrpo, f"{tiny_run} --rules=mute.py --steps=2")
+    assert [row["missing/x"] for row in steps_of()] == [1, 1]
+    assert [row["score/x"] for row in steps_of()] == [None, None]
+
+def test_the_smallest_fork(flags):
+    """That of the docstring of Run, as it stands there."""
+    _, _, text = mogrpo.Run.__doc__.partition("ablations/NAME.py:\n")
+    write_text("smallest.py", textwrap.dedent(text))
+    with mock.patch.object(sys, "path", sys.path[:]):
+        run_main(mogrpo.import_file("smallest.py"), flags)
+    assert len(steps_of()) == 1
 
 def test_rules_that_see_the_group(tiny_run, printed):
     write_text("ranks.py", GROUP_RULES)
@@ -2623,13 +2639,13 @@ def test_marks_of_our_own_in_a_text():
         ids = mogrpo.render(tokenizer, [turn(text)])
         assert ids.count(2) == mogrpo.render(tokenizer, [turn("a")]).count(2)
 
-def test_too_long_texts_are_counted(printed):
+def test_too_long_texts_are_told(printed):
     """reward-bench#137"""
     reward_folder("rm")
     model = loaded("rm", max_tokens=8)
     texts = [([turn("w1")], "w2"), ([turn("w1 " * 9)], "w2"), ([turn("w1")], "w2 " * 12)]
     mogrpo.score(model, texts)
-    assert "2 of 3 texts have more than 8 tokens" in printed()
+    assert "some texts have more than 8 tokens" in printed()
     rows = mogrpo.encode(model, texts)
     assert [len(row) for row in rows] == [6, 8, 8]
     assert rows[1] == mogrpo.render(model.tokenizer, *texts[1])[-8:]
