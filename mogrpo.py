@@ -793,15 +793,21 @@ def is_held_out(messages, fraction, seed):
     return random.Random(repr((seed, [dict(role="user", content=words)]))).random() < fraction
 
 def prompts_of_step(run, step):
-    """This process's prompts of a step. Each pass over the data has an order of its own, from the
-    seed and the number of the pass, so that there is no state to save."""
+    """This process's prompts of a step."""
     size = run.cfg.prompts_per_step
     # What is left over waits for another pass
     finished_passes, turn = divmod(step - 1, len(run.prompts) // size)
-    order = list(run.prompts)
-    random.Random(repr((run.cfg.seed, finished_passes))).shuffle(order)
+    order = order_of_pass(len(run.prompts), run.cfg.seed, finished_passes)
     of_step = order[turn * size:(turn + 1) * size]
-    return of_step[run.rank::run.world]
+    return [run.prompts[i] for i in of_step[run.rank::run.world]]
+
+@lru_cache(1)
+def order_of_pass(count, seed, number):
+    """Each pass over the data has an order of its own, from the seed and the number of the pass, so
+    that there is no state to save."""
+    order = list(range(count))
+    random.Random(repr((seed, number))).shuffle(order)
+    return order
 
 # --------------------------------------------------------------------------------------------------
 # 4.2 Rewards
