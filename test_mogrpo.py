@@ -59,7 +59,8 @@ import data.toy.prepare as toy_world
 import eval as evaluation
 import mogrpo
 import reward_model as rm
-from ablations import dpo, dynamic, gspo, lagrangian, ppo, steer
+from ablations import dpo, dynamic, gspo, lagrangian, league_front, league_rules, league_table
+from ablations import ppo, steer
 from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
@@ -1472,6 +1473,51 @@ def test_gspo_is_the_formula():
     assert loss.item() == approx(-gain_B.mean().item())
     assert max_gap(found, expected) < 1e-7 and found[:3].tolist() == [0, 0, 0]
 
+RULES = each("rule", "worst geometric corr gate")
+
+def league_rule(rule):
+    run = SimpleNamespace(axes=["a", "b"], floor_of=dict(a=0.5))
+    return league_rules.combine_gated(run) if rule == "gate" else league_rules.RULES[rule]
+
+def standard(numbers):
+    return [(x - fmean(numbers)) / pstdev(numbers) for x in numbers]
+
+@RULES
+def test_league_rules_equal_their_formulas(rule):
+    """Two groups of three responses with two axes, of which the second weighs 2."""
+    s = [[[0.2, 0.9], [0.6, 0.4], [1.0, 0.5]], [[0.9, 0.3], [0.8, 0.01], [0.3, 0.2]]]
+    found = league_rule(rule)(tensor(s), tensor([1.0, 2.0]), CFG).sum(-1)
+    r = dict(
+        worst=[[0.2, 0.4, 0.5], [0.3, 0.01, 0.2]],
+        geometric=[[math.log(a * max(b, 0.05)**2) for a, b in group] for group in s],
+        gate=[[0.2, 0.6 + 0.8, 1.0 + 1.0], [0.9 + 0.6, 0.8 + 0.02, 0.3]],
+        corr=[[a + 2 * b for a, b in group] for group in s])[rule]
+    expected = list(map(standard, r))
+    if rule == "corr":
+        for p, group in enumerate(s):
+            a, b = map(standard, zip(*group))
+            rho = fmean(x * y for x, y in zip(a, b))
+            expected[p] = [x * pstdev(r[p]) / sqrt(2 + 2 * rho) for x in expected[p]]
+        expected = (tensor(expected) / tensor(expected).std(correction=0)).tolist()
+    assert max_gap(found, tensor(expected)) < 1e-5
+
+@RULES
+def test_league_rules_leave_ties_at_0(rule):
+    s = torch.rand(3, 4, 2)
+    s[0] = s[0, 0]  # all alike
+    s[1, :, 1] = nan  # an axis says nothing: the other decides
+    s[2, 0] = nan  # none does, about one response
+    parts = mogrpo.without_ties(league_rule(rule)(s, torch.ones(2), CFG))
+    assert parts.isfinite().all() and (parts[0] == 0).all() and (parts[s.isnan()] == 0).all()
+    assert parts[1, :, 0].std() > 0.1
+
+def test_league_table_marks_what_is_shown():
+    base = {(world, seed): (0.5, 2.0) for world in range(3) for seed in range(2)}
+    def mark(kl, *gains):
+        return league_table.difference({p: (0.5 + gains[p[0]], kl) for p in base}, base)[3]
+    assert [mark(2, 0.1, 0.2, 0.2), mark(4, 0.1, 0.2, 0.2), mark(2, -0.1, 0.2, 0.2)] == ["*", "kl", ""]
+    assert league_front.hypervolume([[0.5, 0.5], [1, 0.25], [0.5, 0.1]]) == approx(0.375)
+
 def test_dull_groups_are_replaced(tiny_run, monkeypatch):
     """Those of even prompts are dull: all score 0."""
     write_text("odd.py", "def scores(record, response):\n"
@@ -1786,7 +1832,8 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_
 
 SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare data.helpsteer2.prepare
 data.saferlhf.prepare data.ultrafeedback.prepare data.prompts.prepare ablations.ppo ablations.dpo
-ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic bench.memory bench.trl
+ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic ablations.league
+ablations.league_front ablations.league_rules ablations.league_table bench.memory bench.trl
 bench.emulate"""
 
 def steps_of(folder="out/mogrpo"):

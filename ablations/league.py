@@ -15,9 +15,8 @@ true axes over answers to held-out prompts, the worst of the four, and the KL to
 What is and is not shown by it: league_table.py. What it is not: a ranking of rules for real text.
 The toy's axes, sizes and twists are our choice, and no rule is tuned.
 
-    python -m ablations.league                       # plays, an hour or two; then the table
-    python -m ablations.league --front               # also sum, gdpo, lagrangian at 8 weightings
-    python -m ablations.league_table                 # the table of what is finished
+    python -m ablations.league                       # plays, then prints the table
+    python -m ablations.league_table                 # the table of what is finished so far
 
 It can be stopped and started again: a finished run is a file in out_dir, and is kept. All rules and
 twists of world 0 come first, then those of world 1, so that a part is useful.
@@ -25,21 +24,20 @@ twists of world 0 come first, then those of world 1, so that a part is useful.
 import json
 import multiprocessing
 import os
-import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from multiprocessing.pool import ThreadPool
 from statistics import fmean
+from tempfile import TemporaryDirectory
 
 import torch
-from tqdm import tqdm
 
 import mogrpo
 from ablations import league_rules, league_table
 from ablations.league_rules import TWISTS
-from ablations.league_table import FRONT, RULES, WEIGHTINGS
+from ablations.league_table import RULES
 from data.toy import prepare
 from mogrpo import TOY, read_jsonl, say, write_text
 
@@ -47,7 +45,6 @@ from mogrpo import TOY, read_jsonl, say, write_text
 class Config(league_table.Config):
     world_seeds: int = 3          # worlds, of seeds 0, 1, ...
     run_seeds: int = 2            # runs of each rule on each twist of each world
-    front: bool = False           # play the front, too: one run seed
     jobs: int = 2                 # runs at a time, each on one core
 
 # --------------------------------------------------------------------------------------------------
@@ -55,14 +52,11 @@ class Config(league_table.Config):
 
 def games(cfg):
     """All runs, round after round: dicts of world, seed, twist, rule, weights."""
-    worlds = range(cfg.world_seeds)
     listed = []
-    for seed, world, twist, rule in product(range(cfg.run_seeds), worlds, TWISTS, RULES):
+    rounds = product(range(cfg.run_seeds), range(cfg.world_seeds), TWISTS, RULES)
+    for seed, world, twist, rule in rounds:
         listed.append(dict(world=world, seed=seed, twist=twist, rule=rule, weights=""))
-    if cfg.front:
-        for world, weights, rule in product(worlds, WEIGHTINGS[1:], FRONT):  # the first is there
-            listed.append(dict(world=world, seed=0, twist="plain", rule=rule, weights=weights))
-    return sorted(listed, key=lambda game: game["seed"])  # the front before a second seed
+    return listed
 
 def path_of(cfg, game):
     name = "-".join(map(str, game.values())).rstrip("-")  # no weights, no dash
@@ -71,8 +65,7 @@ def path_of(cfg, game):
 def build_world(cfg, world):
     """A toy world, and for each twist its prompts with the twist's name on every line."""
     folder = f"{cfg.out_dir}/world{world}"
-    if not os.path.exists(folder):
-        apart(prepare.main, prepare.Config(folder, world))
+    apart(prepare.main, prepare.Config(folder, world))  # nothing if it is there
     for twist, name in product(TWISTS, ("prompts", "heldout_prompts")):
         with open(f"{folder}/{name}.{twist}.jsonl", "w") as f:
             for _, record in read_jsonl(f"{folder}/{name}.jsonl"):
@@ -84,22 +77,22 @@ def build_world(cfg, world):
 SERVER = multiprocessing.get_context("forkserver")  # imports torch once; runs are forked from it
 
 def apart(function, *args):
-    """Call it in a process of its own -> its exit status."""
+    """Call it in a process of its own, to its end."""
     process = SERVER.Process(target=function, args=args)
     process.start()
     process.join()
-    return process.exitcode
 
 def play(cfg, game):
     """A run, in a process of its own -> a file of what came out."""
     path = path_of(cfg, game)
     world = f"{cfg.out_dir}/world{game['world']}"
-    flags = dict(policy=f"{world}/policy", reward_model="", rules=league_rules.__file__,
-                 prompts=f"{world}/prompts.{game['twist']}.jsonl",
-                 heldout_prompts=f"{world}/heldout_prompts.{game['twist']}.jsonl",
-                 rule=game["rule"], weights=game["weights"], seed=game["seed"],
-                 steps=cfg.steps, save_interval=0, out_dir=path)
-    with open(f"{path}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+    log = open(f"{path}.log", "w")
+    with TemporaryDirectory() as folder, redirect_stdout(log), redirect_stderr(log):
+        flags = dict(policy=f"{world}/policy", reward_model="", rules=league_rules.__file__,
+                     prompts=f"{world}/prompts.{game['twist']}.jsonl",
+                     heldout_prompts=f"{world}/heldout_prompts.{game['twist']}.jsonl",
+                     rule=game["rule"], weights=game["weights"], seed=game["seed"],
+                     steps=cfg.steps, out_dir=f"{folder}/run")
         run = mogrpo.setup(league_rules.Config(**TOY | flags))
         heldout = run.heldout
         run.heldout = []  # looked at once, in `judge`
@@ -107,8 +100,6 @@ def play(cfg, game):
         run.heldout = heldout
         if run.state["step"] == cfg.steps:  # it was not stopped
             write_text(f"{path}.json", json.dumps(game | judge(run)))
-    shutil.rmtree(path)
-    os.remove(f"{path}.lock")
     os._exit(0)  # as `launch` does
 
 def judge(run):
@@ -133,21 +124,25 @@ def exact_kl(run, rows):
 
 def play_if_missing(cfg, game):
     path = path_of(cfg, game)
-    if not os.path.exists(f"{path}.json") and apart(play, cfg, game) > 0:
-        say(f"failed, and left out: see {path}.log")
+    if not os.path.exists(f"{path}.json"):
+        apart(play, cfg, game)
+        is_done = os.path.exists(f"{path}.json")
+        say(f"{path}: " + ("finished" if is_done else "stopped or failed: see its .log"))
 
-def main(cfg):
-    if cfg.picture:
-        from assets import pictures  # asks for matplotlib now, not after an hour
+def play_all(cfg, listed):
+    """Runs, some at a time, in their order."""
     SERVER.set_forkserver_preload(["ablations.league_table"])
     os.makedirs(f"{cfg.out_dir}/{cfg.steps}steps", exist_ok=True)
     for world in range(cfg.world_seeds):
         build_world(cfg, world)
-    listed = games(cfg)
-    with ThreadPool(cfg.jobs) as pool:
-        turns = pool.imap(partial(play_if_missing, cfg), listed)
-        for _ in tqdm(turns, "playing", len(listed), disable=None):
-            pass
+    try:
+        with ThreadPool(cfg.jobs) as pool:
+            pool.map(partial(play_if_missing, cfg), listed, chunksize=1)
+    except KeyboardInterrupt:
+        raise mogrpo.Stopped
+
+def main(cfg):
+    play_all(cfg, games(cfg))
     league_table.main(cfg)
 
 

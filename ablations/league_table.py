@@ -14,18 +14,15 @@ With three worlds that is little: where there is no difference the three signs a
 four, and a bootstrap of three numbers is about their range. Of 72 differences a few have their star
 by chance.
 
-The front: a rule's policies at eight weightings of the axes, in one number: the volume of all
-scores in [0, 1]^4 that one of these policies reaches or exceeds on every true axis.
-
     python -m ablations.league_table                                     # of what is finished
     python -m ablations.league_table --picture=assets/league.png         # wants matplotlib
 """
 import glob
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
-from math import prod
+from math import nan
 from statistics import fmean
 
 import torch
@@ -42,111 +39,82 @@ class Config:
     picture: str = ""             # PNG to draw the table to
 
 RULES = "sum gdpo worst geometric corr gate lagrangian".split()
-FRONT = "sum gdpo lagrangian".split()
-WEIGHTINGS = [
-    "", "politeness=4", "meaningfulness=4", "actionability=4", "safety=4", "actionability=8",
-    "meaningfulness=4,actionability=4", "politeness=4,safety=4",
-]
 
 # --------------------------------------------------------------------------------------------------
-# 1. Differences. A run is known by its pair (world, seed)
+# 1. Differences
+
+def finished(cfg):
+    """What `judge` of league.py found, run after run, beside what was played."""
+    paths = sorted(glob.glob(f"{cfg.out_dir}/{cfg.steps}steps/*.json"))
+    require(paths, f"{cfg.out_dir}: no run of {cfg.steps} steps is finished")
+    return [json.load(open(path, encoding="utf-8")) for path in paths]
 
 def values(results, rule, twist, measure):
-    """A number of each run of a rule on a twist -> {(world, seed): number}."""
+    """Of each run of a rule on a twist -> {(world, seed): (measure, KL)}."""
     wanted = dict(rule=rule, twist=twist, weights="").items()
-    return {(run["world"], run["seed"]): run[measure] for run in results if run.items() >= wanted}
+    return {(run["world"], run["seed"]): (run[measure], run["kl"])
+            for run in results if run.items() >= wanted}
 
-def difference(own, base, own_kls, base_kls):
-    """Of the runs that both have -> mean difference, its interval, and a mark."""
-    pairs = sorted(own.keys() & base.keys())
-    by_world = {}
-    for world, seed in pairs:
-        gain = own[world, seed] - base[world, seed]
-        by_world.setdefault(world, []).append(gain)
-    gains = [fmean(of_world) for of_world in by_world.values()]
+def difference(own, base):
+    """Of two such dicts -> mean difference of the measure, its interval, and a mark."""
+    gains_of = defaultdict(list)
+    own_kls = []
+    base_kls = []
+    for world, seed in own.keys() & base.keys():
+        own_score, own_kl = own[world, seed]
+        base_score, base_kl = base[world, seed]
+        gains_of[world].append(own_score - base_score)
+        own_kls.append(own_kl)
+        base_kls.append(base_kl)
+    gains = [fmean(gains) for gains in gains_of.values()]
     mean, low, high = interval(torch.tensor(gains))
     mark = ""
-    if low * high > 0 and min(gains) * max(gains) > 0:  # never for nan, of a single world
-        ratio = fmean(own_kls[pair] for pair in pairs) / fmean(base_kls[pair] for pair in pairs)
+    if low * high > 0 and min(gains) * max(gains) > 0:  # never with nan, of a single world
+        ratio = fmean(own_kls) / fmean(base_kls)
         mark = "*" if 1 / 1.5 < ratio < 1.5 else "kl"
     return mean, low, high, mark
 
-def compare(results, rule, twist, measure):
-    """A rule against `sum` on a twist; None before both have a run there."""
+def compare(results, measure, rule, twist):
+    """A rule against `sum` on a twist."""
     own, base = (values(results, name, twist, measure) for name in (rule, "sum"))
-    own_kls, base_kls = (values(results, name, twist, "kl") for name in (rule, "sum"))
-    if own.keys() & base.keys():
-        return difference(own, base, own_kls, base_kls)
+    return difference(own, base)
 
 # --------------------------------------------------------------------------------------------------
-# 2. The front
+# 2. Tables, as markdown
 
-def hypervolume(points):
-    """Volume of all that some point is at least as good as on every axis, from 0 on: a union of
-    boxes, by inclusion and exclusion."""
-    volume = 0.0
-    for n in range(1, len(points) + 1):
-        for some in combinations(points, n):
-            volume -= (-1)**n * prod(map(min, zip(*some)))
-    return volume
-
-def front(results, rule):
-    """Of a rule's runs at all weightings -> {(world, seed): hypervolume}, {...: mean KL}."""
-    runs = {}
-    for run in results:
-        if run["rule"] == rule and run["twist"] == "plain":
-            runs.setdefault((run["world"], run["seed"]), []).append(run)
-    volumes = {}
-    kls = {}
-    for pair, some in runs.items():
-        if len(some) == len(WEIGHTINGS):
-            volumes[pair] = hypervolume([run["true"].values() for run in some])
-            kls[pair] = fmean(run["kl"] for run in some)
-    return volumes, kls
-
-# --------------------------------------------------------------------------------------------------
-# 3. Tables, as markdown
-
-def means(results, rule, twist):
-    columns = [values(results, rule, twist, name).values() for name in ("mean", "worst", "kl")]
-    return "{:.2f} / {:.2f} / {:.1f}".format(*map(fmean, columns)) if columns[0] else ""
+GAIN = "{:+.2f} [{:+.2f}, {:+.2f}]{}"  # of `difference`
 
 def gain(results, measure, rule, twist):
-    found = compare(results, rule, twist, measure)
-    return told(*found) if found and rule != "sum" else ""
+    return GAIN.format(*compare(results, measure, rule, twist))
 
-def told(mean, low, high, mark):
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{mark}"
+def average(results, measure, rule, twist):
+    scores = [score for score, _ in values(results, rule, twist, measure).values()]
+    return fmean(scores) if scores else nan
 
-def table(title, cell):
-    """A row for each rule, a column for each twist."""
+def means(results, rule, twist):
+    mean, worst, kl = (average(results, name, rule, twist) for name in ("mean", "worst", "kl"))
+    return f"{mean:.2f} / {worst:.2f} / {kl:.1f}"
+
+def table(results, title, cell):
+    """A row for each rule, a column for each twist; empty where a run has yet to come."""
     say(f"\n{title}\n\n| | {' | '.join(TWISTS)} |\n" + "|---" * (1 + len(TWISTS)) + "|")
     for rule in RULES:
-        say(f"| {rule} | " + " | ".join(cell(rule, twist) for twist in TWISTS) + " |")
-
-def front_table(results):
-    say("\n| front | hypervolume | KL a response | less that of sum |\n|---|---|---|---|")
-    base, base_kls = front(results, "sum")
-    for rule in FRONT:
-        volumes, kls = front(results, rule)
-        if volumes.keys() & base.keys():
-            found = difference(volumes, base, kls, base_kls)
-            say(f"| {rule} | {fmean(volumes.values()):.3f} | {fmean(kls.values()):.1f} | "
-                f"{told(*found)} |")
+        cells = []
+        for twist in TWISTS:
+            own, base = (values(results, name, twist, "kl") for name in (rule, "sum"))
+            cells.append(cell(rule, twist) if own.keys() & base.keys() else "")
+        say(f"| {rule} | {' | '.join(cells)} |")
 
 def main(cfg):
-    results = []
-    for path in sorted(glob.glob(f"{cfg.out_dir}/{cfg.steps}steps/*.json")):
-        results.append(json.load(open(path)))
-    require(results, f"{cfg.out_dir}: no run of {cfg.steps} steps is finished")
+    results = finished(cfg)
     say(f"{len(results)} runs")
-    table("mean of the true axes / worst of them / KL a response", partial(means, results))
-    table("mean, less that of sum", partial(gain, results, "mean"))
-    table("worst, less that of sum", partial(gain, results, "worst"))
-    front_table(results)
+    table(results, "mean of the true axes / worst of them / KL a response", partial(means, results))
+    table(results, "mean, less that of sum", partial(gain, results, "mean"))
+    table(results, "worst, less that of sum", partial(gain, results, "worst"))
     if cfg.picture:
         from assets import pictures
-        pictures.league(cfg.picture, results)
+        pictures.league(cfg.picture, RULES, TWISTS, partial(average, results),
+                        partial(compare, results))
 
 
 if __name__ == "__main__":
