@@ -100,7 +100,6 @@ def play(cfg, game):
         run.heldout = heldout
         if run.state["step"] == cfg.steps:  # it was not stopped
             write_text(f"{path}.json", json.dumps(game | judge(run)))
-    os._exit(0)  # as `launch` does
 
 def judge(run):
     """The truth about a policy's answers to the held-out prompts."""
