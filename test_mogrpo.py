@@ -1510,7 +1510,8 @@ def test_league_rules_leave_ties_at_0(rule):
 def test_league_table_marks_what_is_shown():
     base = {(world, 0): (0.5, 2.0) for world in range(3)}
     def mark(kl, *gains):
-        return league_table.difference({(w, 0): (0.5 + x, kl) for w, x in enumerate(gains)}, base)[3]
+        own = {(world, 0): (0.5 + gain, kl) for world, gain in enumerate(gains)}
+        return league_table.difference(own, base)[3]
     assert mark(2, 0.1, 0.2, 0.2) == "*" and mark(4, 0.1, 0.2, 0.2) == "kl"
     assert mark(2, -0.1, 0.2, 0.2) == ""
     assert league_front.hypervolume([[0.5, 0.5], [1, 0.25], [0.5, 0.1]]) == approx(0.375)
