@@ -95,10 +95,10 @@ def means(results, rule, twist):
     mean, worst, kl = (average(results, name, rule, twist) for name in ("mean", "worst", "kl"))
     return f"{mean:.2f} / {worst:.2f} / {kl:.1f}"
 
-def table(results, title, cell):
+def table(results, title, cell, rules):
     """A row for each rule, a column for each twist; empty where a run has yet to come."""
     say(f"\n{title}\n\n| | {' | '.join(TWISTS)} |\n" + "|---" * (1 + len(TWISTS)) + "|")
-    for rule in RULES:
+    for rule in rules:
         cells = []
         for twist in TWISTS:
             own, base = (values(results, name, twist, "kl") for name in (rule, "sum"))
@@ -108,9 +108,10 @@ def table(results, title, cell):
 def main(cfg):
     results = finished(cfg)
     say(f"{len(results)} runs")
-    table(results, "mean of the true axes / worst of them / KL a response", partial(means, results))
-    table(results, "mean, less that of sum", partial(gain, results, "mean"))
-    table(results, "worst, less that of sum", partial(gain, results, "worst"))
+    title = "mean of the true axes / worst of them / KL a response"
+    table(results, title, partial(means, results), RULES)
+    table(results, "mean, less that of sum", partial(gain, results, "mean"), RULES[1:])
+    table(results, "worst, less that of sum", partial(gain, results, "worst"), RULES[1:])
     if cfg.picture:
         from assets import pictures
         pictures.league(cfg.picture, RULES, TWISTS, partial(average, results),

@@ -254,4 +254,5 @@ def league(path, rules, twists, average, compare):
         plot.set_yticks(range(len(rules)), rules)
         plot.set_title(title)
         plot.grid(visible=False)
+    figure.supxlabel("\u25b2 \u25bc better, worse than sum; in brackets at another KL", fontsize=12)
     save(figure, path)
