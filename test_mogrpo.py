@@ -1473,13 +1473,13 @@ def test_gspo_is_the_formula():
     assert loss.item() == approx(-gain_B.mean().item())
     assert max_gap(found, expected) < 1e-7 and found[:3].tolist() == [0, 0, 0]
 
-RULES = each("rule", "worst geometric corr gate")
+LEAGUE = each("rule", "worst geometric corr gate")
 
 def league_rule(rule):
     run = SimpleNamespace(axes=["a", "b"], floor_of=dict(a=0.5))
     return league_rules.combine_gated(run) if rule == "gate" else league_rules.RULES[rule]
 
-@RULES
+@LEAGUE
 def test_league_rules_equal_their_formulas(rule):
     """Two groups of three responses with two axes, of which the second weighs 2."""
     s = tensor([[[0.2, 0.9], [0.6, 0.4], [1.0, 0.5]], [[0.9, 0.3], [0.8, 0.01], [0.3, 0.2]]])
@@ -1497,7 +1497,7 @@ def test_league_rules_equal_their_formulas(rule):
     over_step = expected.std(correction=0) if rule == "corr" else 1.0
     assert max_gap(found, expected / over_step) < 1e-5
 
-@RULES
+@LEAGUE
 def test_league_rules_leave_ties_at_0(rule):
     s = torch.rand(3, 4, 2)
     s[0] = s[0, 0]  # all alike
