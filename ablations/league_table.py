@@ -5,8 +5,8 @@ A world (data.toy.prepare --seed) is the unit of the statistics, since rankings 
 worlds than between runs in one: differences are paired by world and run seed, averaged in each
 world, and their 95 % intervals are eval.py's, a bootstrap over worlds, widened for few.
 
-    *     shown: the interval excludes 0, the sign is the same in all worlds, and the two mean KLs
-          are within a factor of 1.5
+    *     shown: there are three worlds at least, the interval excludes 0, the sign is the same in
+          all of them, and the two mean KLs are within a factor of 1.5
     kl    the same at another KL: nobody knows which rule would be better at the same one
           not shown: anything else
 
@@ -69,7 +69,7 @@ def difference(own, base):
     gains = [fmean(gains) for gains in gains_of.values()]
     mean, low, high = interval(torch.tensor(gains))
     mark = ""
-    if low * high > 0 and min(gains) * max(gains) > 0:  # never with nan, of a single world
+    if len(gains) >= 3 and low * high > 0 and min(gains) * max(gains) > 0:
         ratio = fmean(own_kls) / fmean(base_kls)
         mark = "*" if 1 / 1.5 < ratio < 1.5 else "kl"
     return mean, low, high, mark
