@@ -56,7 +56,8 @@ import data.toy.prepare as toy_world
 import eval as evaluation
 import mogrpo
 import reward_model as rm
-from ablations import dpo, dynamic, gspo, lagrangian, lean, ppo, steer
+from ablations import dpo, dynamic, gspo, lagrangian, league_front, league_rules, league_table
+from ablations import lean, ppo, steer
 from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
@@ -1506,6 +1507,49 @@ def test_gspo_is_the_formula():
     assert loss.item() == approx(-gain_B.mean().item())
     assert max_gap(found, expected) < 1e-7 and found[:3].tolist() == [0, 0, 0]
 
+LEAGUE = each("rule", "worst geometric corr gate")
+
+def league_rule(rule):
+    run = SimpleNamespace(axes=["a", "b"], floor_of=dict(a=0.5))
+    return league_rules.combine_gated(run) if rule == "gate" else league_rules.RULES[rule]
+
+@LEAGUE
+def test_league_rules_equal_their_formulas(rule):
+    """Two groups of three responses with two axes, of which the second weighs 2."""
+    s = tensor([[[0.2, 0.9], [0.6, 0.4], [1.0, 0.5]], [[0.9, 0.3], [0.8, 0.01], [0.3, 0.2]]])
+    a, b = s.unbind(-1)
+    r = dict(worst=tensor([[0.2, 0.4, 0.5], [0.3, 0.01, 0.2]]),
+             geometric=a.log() + 2 * b.clamp(min=0.05).log(),
+             gate=tensor([[0.2, 0.6 + 0.8, 1.0 + 1.0], [0.9 + 0.6, 0.8 + 0.02, 0.3]]),
+             corr=a + 2 * b)[rule]
+    std = r.std(1, correction=0, keepdim=True)
+    if rule == "corr":
+        rho = tensor([torch.corrcoef(group.T)[0, 1] for group in s])
+        std = (2 + 2 * rho).sqrt()[:, None]
+    expected = (r - r.mean(1, keepdim=True)) / std
+    found = league_rule(rule)(s, tensor([1.0, 2.0]), CFG).sum(-1)
+    over_step = expected.std(correction=0) if rule == "corr" else 1.0
+    assert max_gap(found, expected / over_step) < 1e-5
+
+@LEAGUE
+def test_league_rules_leave_ties_at_0(rule):
+    s = torch.rand(3, 4, 2)
+    s[0] = s[0, 0]  # all alike
+    s[1, :, 1] = nan  # an axis says nothing: the other decides
+    s[2, 0] = nan  # none does, about one response
+    parts = mogrpo.without_ties(league_rule(rule)(s, torch.ones(2), CFG))
+    assert parts.isfinite().all() and (parts[0] == 0).all() and (parts[s.isnan()] == 0).all()
+    assert parts[1, :, 0].std() > 0.1
+
+def test_league_table_marks_what_is_shown():
+    base = {(world, 0): (0.5, 2.0) for world in range(3)}
+    def mark(kl, *gains):
+        own = {(world, 0): (0.5 + gain, kl) for world, gain in enumerate(gains)}
+        return league_table.difference(own, base)[3]
+    assert mark(2, 0.1, 0.2, 0.2) == "*" and mark(4, 0.1, 0.2, 0.2) == "kl"
+    assert mark(2, -0.1, 0.2, 0.2) == ""
+    assert league_front.hypervolume([[0.5, 0.5], [1, 0.25], [0.5, 0.1]]) == approx(0.375)
+
 def test_dull_groups_are_replaced(tiny_run, monkeypatch):
     """Those of even prompts are dull: all score 0."""
     write_text("odd.py", "def scores(record, response):\n"
@@ -1854,8 +1898,9 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_
 
 SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare data.helpsteer2.prepare
 data.saferlhf.prepare data.ultrafeedback.prepare data.prompts.prepare ablations.ppo ablations.dpo
-ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic ablations.lean bench.memory
-bench.trl bench.emulate"""
+ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic ablations.lean
+ablations.league ablations.league_front ablations.league_rules ablations.league_table bench.memory
+bench.trl bench.emulate data.toy.rate"""
 
 def steps_of(folder="out/mogrpo"):
     """The metrics rows of training steps, without those of evaluations."""

@@ -73,12 +73,16 @@ def lagrangian_step(run, step):
         metrics[f"lambda/{axis}"] = math.exp(log_lambda[axis])
     return metrics
 
-def main(cfg):
-    run = mogrpo.setup(cfg)
-    run.floor_of = mogrpo.axis_numbers("floors", cfg.floors, run.axes, 1)
+def set_floors(run):
+    """Give a run its floors, and multipliers at their start."""
+    run.floor_of = mogrpo.axis_numbers("floors", run.cfg.floors, run.axes, 1)
     require(run.floor_of, "--floors=axis=score: at least one")
     run.state["log_lambda"] = dict.fromkeys(run.floor_of, START)
     run.state["steps_below"] = dict.fromkeys(run.floor_of, 0)
+
+def main(cfg):
+    run = mogrpo.setup(cfg)
+    set_floors(run)
     run.combine = combine_over_floors(run)
     mogrpo.train(run, lagrangian_step)
 

@@ -4,6 +4,7 @@ Every picture of the project, by matplotlib, to PNG. Nothing is imported from he
     python eval.py --curves=out/a,out/b        runs over their steps                  curves.png
     torchrun eval.py --picture                 policies side by side, axis by axis    eval.png
     python -m ablations.steer --sweep=safety --picture       the front along a stated weight
+    python -m ablations.league_table --picture=league.png    the league of rules
 
 In all of them the learned score and the true one of one axis (or of one run) share a colour: solid
 and dashed lines, filled and hollow points. Colours differ in lightness, too, so that they can be
@@ -224,4 +225,34 @@ def sweep(path, axis, points_of):
     label_ends(plot, ends)
     plot.set(xlabel=f"stated weight of {axis}", ylabel="mean score, 95 % interval",
              title="solid learned, dashed true")
+    save(figure, path)
+
+# --------------------------------------------------------------------------------------------------
+# The league of rules
+
+def league(path, rules, twists, average, compare):
+    """ablations/league_table's measures, each a map of rules by twists: the darker, the lower. A
+    triangle is a difference to `sum` that is shown; in brackets, one at another KL."""
+    measures = dict(mean="mean of the true axes", worst="worst true axis")
+    figure, plots = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for plot, (measure, title) in zip(plots, measures.items()):
+        rows = [[average(measure, rule, twist) for twist in twists] for rule in rules]
+        known = [value for row in rows for value in row if not math.isnan(value)]
+        middle = (min(known) + max(known)) / 2
+        plot.imshow(rows, cmap="Greys_r", vmin=min(known), vmax=max(known), aspect="auto")
+        for y, rule in enumerate(rules):
+            for x, twist in enumerate(twists):
+                value = rows[y][x]
+                if math.isnan(value):  # no run yet
+                    continue
+                gain, _, _, mark = compare(measure, rule, twist)
+                arrow = "\u25b2" if gain > 0 else "\u25bc"
+                text = {"": "", "*": f" {arrow}", "kl": f" ({arrow})"}[mark]
+                plot.text(x, y, f"{value:.2f}{text}", ha="center", va="center",
+                          color="white" if value < middle else "black")
+        plot.set_xticks(range(len(twists)), twists, rotation=30, ha="right")
+        plot.set_yticks(range(len(rules)), rules)
+        plot.set_title(title)
+        plot.grid(visible=False)
+    figure.supxlabel("\u25b2 \u25bc better, worse than sum; in brackets at another KL", fontsize=12)
     save(figure, path)
