@@ -59,7 +59,7 @@ import data.toy.prepare as toy_world
 import eval as evaluation
 import mogrpo
 import reward_model as rm
-from ablations import dpo, dynamic, gspo, lagrangian, ppo, steer
+from ablations import by_tag, dpo, dynamic, gspo, lagrangian, ppo, steer
 from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
@@ -1345,7 +1345,9 @@ def test_public_ratings(name, row, made, spoiled):
     kept = [i for i in range(9) if i not in held]
     assert lines("ratings") == numbered(made, kept)
     assert lines("heldout_ratings") == numbered(made, held)
-    assert lines("prompts") == numbered(made.split(', "response"')[0] + "}", kept)
+    prompt = made.split(', "response"')[0] + "}"
+    assert lines("prompts") == numbered(prompt, kept)
+    assert lines("heldout_prompts") == numbered(prompt, held)
     assert held == [*range(4, 9)] if second_held_out else kept and held
     write_raw("a.jsonl", [row, row.replace(*spoiled.split(" -> "))])
     number = 3 if "type," in before else 2  # a line of headings is a line
@@ -1552,6 +1554,18 @@ def test_dull_groups_are_replaced(tiny_run, monkeypatch):
     assert len(sampled[1]) == first.count("even") > last.count("even")
     for now, before in zip(last, first):
         assert now == "odd" or before == "even"  # what has a signal stays
+
+def test_axes_hold_for_their_tag(tiny_run, monkeypatch):
+    write_text("x.py", "def scores(record, response): return dict(x=len(response), y=1)")
+    kept = on_calls(monkeypatch, by_tag, "tags_of")
+    flags = f"{tiny_run} --rules=x.py --heldout_prompts=prompts.jsonl"
+    run_main(by_tag, f"{flags} --only=x=odd")
+    assert kept
+    for row in rows_of("out/mogrpo/samples.jsonl"):
+        is_out = row["tag"] == "even" and not row["heldout"]
+        assert (row["scores"]["x"] is None) == is_out and row["scores"]["y"] == 1
+    refused_run(f"{flags} --only=z=odd", "--only=z=odd: expected axis=tag", script=by_tag)
+    refused_run(f"{flags} --only=x", "--only=x: expected axis=tag", script=by_tag)
 
 def test_each_prompt_has_its_own_weights(flags, monkeypatch):
     calls = on_calls(monkeypatch, mogrpo, "grpo_step")
@@ -1851,9 +1865,10 @@ SMALL = (
 TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node"
 
 SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare data.helpsteer2.prepare
-data.saferlhf.prepare data.ultrafeedback.prepare data.prompts.prepare ablations.ppo ablations.dpo
-ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic bench.memory bench.trl
-bench.emulate"""
+data.saferlhf.prepare data.ultrafeedback.prepare data.diasafety.prepare data.xstest.prepare
+data.politeness.prepare data.prompts.prepare data.arithmetic.prepare ablations.ppo ablations.dpo
+ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic ablations.by_tag bench.memory
+bench.trl bench.emulate"""
 
 def steps_of(folder="out/mogrpo"):
     """The metrics rows of training steps, without those of evaluations."""

@@ -72,9 +72,9 @@ def converted(where, row, convert):
         die(f"{where}: not a row of this set, whose fields --help names: {e!r}")
 
 def read(paths, convert, rows_of=read_jsonl):
-    """The lines of the ratings file that convert(row) makes of each row of rows_of(path). Those with
-    a turn or an answer of no text are left out: nobody wrote it, so its rating says nothing, and a
-    policy could learn from it that silence is safe."""
+    """The lines of the ratings file that convert(row) makes of each row of rows_of(path). Those
+    with a turn or an answer of no text are left out: nobody wrote it, so its rating says nothing,
+    and a policy could learn from it that silence is safe."""
     records = []
     empty = 0
     for path in paths:
@@ -107,19 +107,25 @@ def save(out_dir, files):
     set_aside(out_dir)
     os.rename(unfinished, out_dir)  # whole or not at all
 
+def prompts_of(records):
+    """Lines of a prompts file: each of their prompts once, with its tag, if it has one."""
+    prompts = {}
+    for record in records:
+        line = {key: record[key] for key in ("messages", "tag") if key in record}
+        prompts[repr(record["messages"])] = line
+    return list(prompts.values())
+
 def write(out_dir, train, heldout, licence):
-    """Ratings, those held out, and the prompts to train on -> out_dir; say what they are."""
+    """Ratings and prompts, to train on and held out -> out_dir; say what they are."""
     held_prompts = {repr(record["messages"]) for record in heldout}
     ratings = [record for record in train if repr(record["messages"]) not in held_prompts]
     require(ratings and heldout, "too few prompts: some are needed to train on and some held out")
-    prompts = {}
-    for record in ratings:
-        kept = {key: record[key] for key in ("messages", "tag") if key in record}
-        prompts[repr(record["messages"])] = kept
+    prompts = prompts_of(ratings)
     save(out_dir, {
         "ratings": ratings,
         "heldout_ratings": heldout,
-        "prompts": prompts.values(),
+        "prompts": prompts,
+        "heldout_prompts": prompts_of(heldout),
     })
     say(f"{out_dir}: {len(ratings)} ratings of {len(prompts)} prompts; held out {len(heldout)} of "
         f"{len(held_prompts)}; left out, since their prompt is held out: "
