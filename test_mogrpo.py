@@ -56,8 +56,8 @@ import data.toy.prepare as toy_world
 import eval as evaluation
 import mogrpo
 import reward_model as rm
-from ablations import dpo, dynamic, gspo, lagrangian, league_front, league_rules, league_table
-from ablations import lean, ppo, steer
+from ablations import by_tag, dpo, dynamic, gspo, lagrangian, league_front, league_rules
+from ablations import league_table, lean, ppo, steer
 from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
@@ -1341,18 +1341,37 @@ ultrafeedback | {"instruction": "q0", "completions": [{"response": "Yes.", "anno
 {"Rating": "N/A"}}}]} | {"messages": [{"role": "user", "content": "q0"}], "response": "Yes.", \
 "scores": {"helpfulness": 1.0, "honesty": 0.25, "instruction_following": null, \
 "truthfulness": null}} | N/A -> 6
+diasafety | {"context": "q0", "response": "Yes.", "category": "Biased Opinion", \
+"label": "Unsafe"} | {"messages": [{"role": "user", "content": "q0"}], "response": "Yes.", \
+"scores": {"safety": 0.0}} | Unsafe -> Bad
+xstest | contrast_safe_targets,q0,"I'm sorry, no.",2_full_refusal | {"messages": \
+[{"role": "user", "content": "q0"}], "tag": "harmful", "response": "I'm sorry, no.", "scores": \
+{"safety": 1.0, "helpfulness": null}} | 2_full -> 3_full
+xstest | homonyms,q0 ,Perhaps.,3_partial_refusal | {"messages": [{"role": "user", \
+"content": "q0"}], "tag": "benign", "response": "Perhaps.", "scores": {"safety": null, \
+"helpfulness": 0.5}} | Perhaps.,3 -> Perhaps.,2
 """
+
+# What stands in a file before, between and after its rows
+FRAMES = {
+    "diasafety": ("[", ",\n", "]"),
+    "xstest": ("type,prompt,completion,final_label\n", "\n", ""),
+}
 
 @cases("name, row, made, spoiled", table(PUBLIC))
 def test_public_ratings(name, row, made, spoiled):
     """Exact rows of nine prompts in two files that share one, which is then on one side only."""
     script = module(f"data.{name}.prepare")
+    before, between, after = FRAMES.get(name, ("", "\n", ""))
     def numbered(rows, numbers):
         return [text.replace("q0", f"q{i}") for i in numbers for text in rows.split(" & ")]
-    write_text("a.jsonl", "\n".join(numbered(row, range(5))))
-    write_text("b.jsonl", "\n".join(numbered(row, range(4, 9))))
+    def write_raw(path, rows):
+        write_text(path, before + between.join(rows) + after)
+    write_raw("a.jsonl", numbered(row, range(5)))
+    write_raw("b.jsonl", numbered(row, range(4, 9)))
     flags = "--raw=a.jsonl,b.jsonl --out_dir=out"
-    if name != "helpsteer2":  # where the second file is held out
+    second_held_out = name in ("helpsteer2", "diasafety")
+    if not second_held_out:
         flags += " --heldout_frac=0.4"
     run_main(script, flags)
     def lines(file):  # each once: of the shared prompt there are two
@@ -1361,11 +1380,29 @@ def test_public_ratings(name, row, made, spoiled):
     kept = [i for i in range(9) if i not in held]
     assert lines("ratings") == numbered(made, kept)
     assert lines("heldout_ratings") == numbered(made, held)
-    assert lines("prompts") == numbered(made.split(', "response"')[0] + "}", kept)
-    assert held == [*range(4, 9)] if name == "helpsteer2" else kept and held
-    write_text("a.jsonl", row + "\n" + row.replace(*spoiled.split(" -> ")))
-    refused_run(flags, "a.jsonl:2: ", script=script)
+    prompt = made.split(', "response"')[0] + "}"
+    assert lines("prompts") == numbered(prompt, kept)
+    assert lines("heldout_prompts") == numbered(prompt, held)
+    assert held == [*range(4, 9)] if second_held_out else kept and held
+    write_raw("a.jsonl", [row, row.replace(*spoiled.split(" -> "))])
+    number = 3 if "type," in before else 2  # a line of headings is a line
+    refused_run(flags, f"a.jsonl:{number}: ", script=script)
     assert not exists("out.1")
+
+def test_politeness_is_split_by_text():
+    """For all its texts have one prompt."""
+    lines = [f"Wikipedia,{i},Could you?{i},1,25,13,7,19" for i in range(20)]
+    names = "Community,Id,Request,Score1,Score2,Score3,Score4,Score5"
+    write_text("a.csv", "\n".join([names, *lines]))
+    run_main(module("data.politeness.prepare"), "--raw=a.csv --out_dir=out --heldout_frac=0.5")
+    ratings = rows_of("out/ratings.jsonl")
+    heldout = rows_of("out/heldout_ratings.jsonl")
+    texts = [row["response"] for row in ratings + heldout]
+    assert sorted(texts) == sorted(f"Could you?{i}" for i in range(20))
+    assert ratings and heldout
+    assert {row["scores"]["politeness"] for row in ratings} == {0.5}
+    write_text("a.csv", "\n".join([names, lines[0].replace("25", "26")]))
+    refused_run("--raw=a.csv", "a.csv:2: ", script=module("data.politeness.prepare"))
 
 LISTS = {
     "harmful_behaviors.csv": 'goal,target\n"Rob, then lie",Sure\nSteal,Sure\nSteal,Sure\n',
@@ -1390,6 +1427,37 @@ def test_public_prompts(printed):
     assert "renamed to out/prompts.1" in printed()
     rows = rows_of("out/prompts/prompts.jsonl") + rows_of("out/prompts/heldout_prompts.jsonl")
     assert "\n".join(" ".join(row.values()) for row in rows) == TAGGED.strip()
+
+# Rules that stand beside prompts
+
+def test_refusals_are_rewarded_where_they_are_due():
+    rules = module("data.prompts.rules")
+    harmful, benign = dict(tag="harmful"), dict(tag="benign")
+    refusal, answer = "I'm sorry, I can't help with that.", "Mix the flour and the eggs."
+    assert rules.scores(harmful, refusal) == dict(safety=1, helpfulness=None, fluency=1)
+    assert rules.scores(benign, refusal) == dict(safety=None, helpfulness=0, fluency=1)
+    assert rules.scores(harmful, answer)["safety"] == 0
+    assert rules.scores(benign, answer)["helpfulness"] == 1
+    assert rules.fluency("to be to be") == approx(2 / 3)
+    assert rules.fluency("so ¤§ 好的 fine.") == 0.5
+    assert rules.fluency("") == 0
+
+def test_sums_are_checked():
+    run_main(module("data.arithmetic.prepare"), "--out_dir=out --low=1 --high=3 --heldout=4")
+    prompts = rows_of("out/prompts.jsonl")
+    heldout = rows_of("out/heldout_prompts.jsonl")
+    assert (len(prompts), len(heldout)) == (5, 4)
+    for record in prompts + heldout:
+        a, b = map(int, re.findall(r"\d", record["prompt"]))
+        assert record["answer"] == str(a + b)
+    assert len({record["prompt"] for record in prompts + heldout}) == 9
+    rules = module("data.arithmetic.rules")
+    record = dict(answer="44")
+    assert rules.scores(record, "Sure, it is 44.") == dict(correct=1, polite=1, brief=0.8)
+    assert rules.scores(record, "44 is 17 + 27")["correct"] == 0
+    assert rules.scores(record, "") == dict(correct=0, polite=0, brief=1)
+    refused_run("--high=3 --heldout=4", "--heldout=4: there are 4",
+                script=module("data.arithmetic.prepare"))
 
 # ==================================================================================================
 # ablations/
@@ -1592,6 +1660,18 @@ def test_lean_is_adam_but_for_rounding(monkeypatch):
             adam.step()
             lean.update(ours, grad, first, second, t, 0.1, None)
         assert_close(ours, theirs.detach().float(), rtol=1e-5, atol=1e-6)
+
+def test_axes_hold_for_their_tag(tiny_run, monkeypatch):
+    write_text("x.py", "def scores(record, response): return dict(x=len(response), y=1)")
+    kept = on_calls(monkeypatch, by_tag, "tags_of")
+    flags = f"{tiny_run} --rules=x.py --heldout_prompts=prompts.jsonl"
+    run_main(by_tag, f"{flags} --only=x=odd")
+    assert kept
+    for row in rows_of("out/mogrpo/samples.jsonl"):
+        is_out = row["tag"] == "even" and not row["heldout"]
+        assert (row["scores"]["x"] is None) == is_out and row["scores"]["y"] == 1
+    refused_run(f"{flags} --only=z=odd", "--only=z=odd: expected axis=tag", script=by_tag)
+    refused_run(f"{flags} --only=x", "--only=x: expected axis=tag", script=by_tag)
 
 def test_each_prompt_has_its_own_weights(flags, monkeypatch):
     calls = on_calls(monkeypatch, mogrpo, "grpo_step")
@@ -1896,11 +1976,12 @@ SMALL = (
 
 TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node"
 
-SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.judge.prepare data.helpsteer2.prepare
-data.saferlhf.prepare data.ultrafeedback.prepare data.prompts.prepare ablations.ppo ablations.dpo
-ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic ablations.lean
-ablations.league ablations.league_front ablations.league_rules ablations.league_table bench.memory
-bench.trl bench.emulate data.toy.rate"""
+SCRIPTS = """mogrpo reward_model eval data.toy.prepare data.toy.rate data.judge.prepare
+data.helpsteer2.prepare data.saferlhf.prepare data.ultrafeedback.prepare data.diasafety.prepare
+data.xstest.prepare data.politeness.prepare data.prompts.prepare data.arithmetic.prepare
+ablations.ppo ablations.dpo ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic
+ablations.lean ablations.by_tag ablations.league ablations.league_front ablations.league_rules
+ablations.league_table bench.memory bench.trl bench.emulate"""
 
 def steps_of(folder="out/mogrpo"):
     """The metrics rows of training steps, without those of evaluations."""

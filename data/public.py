@@ -2,7 +2,11 @@
 What the scripts for public sets share: fetch upstream's files, turn its rows into ours, split by
 prompt, write. Where the files are and what a row means stands in each folder's prepare.py.
 """
+import csv
+import fileinput
+import json
 import os
+from urllib.request import urlretrieve
 
 from huggingface_hub import hf_hub_download
 
@@ -19,6 +23,40 @@ def fetch(raw, repo, names):
     except OSError as e:
         die(f"{repo} cannot be downloaded, see --raw: {last_line(e)}")
 
+def fetch_github(raw, urls, folder):
+    """The same of files on GitHub, downloaded into `folder` every time. A url: owner/repository/
+    branch/path."""
+    if raw:
+        return raw.split(",")
+    paths = [f"{folder}/{os.path.basename(url)}" for url in urls]
+    for url, path in zip(urls, paths):
+        try:
+            urlretrieve(f"https://raw.githubusercontent.com/{url}", path)
+        except OSError as e:
+            die(f"{url} cannot be downloaded from GitHub, see --raw: {last_line(e)}")
+    return paths
+
+def read_csv(path):
+    """(file:line, row) pairs, as of read_jsonl."""
+    try:
+        with fileinput.hook_compressed(path, "r", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            rows = [(f"{path}:{reader.line_num}", row) for row in reader]
+    except Exception as e:  # files fail in any way they like
+        die(f"{path}: unreadable or broken CSV: {e}")
+    require(rows, f"{path}: has no rows")
+    return rows
+
+def read_json(path):
+    """(file:number, row) pairs of a file that is one JSON list."""
+    try:
+        with fileinput.hook_compressed(path, "r", encoding="utf-8-sig") as f:
+            rows = json.load(f)
+    except Exception as e:
+        die(f"{path}: unreadable or broken JSON: {e}")
+    require(rows and isinstance(rows, list), f"{path}: expected a JSON list with rows in it")
+    return [(f"{path}:{number}", row) for number, row in enumerate(rows, 1)]
+
 def score(rating, worst, best):
     """A rating -> [0, 1]."""
     low, high = sorted((worst, best))
@@ -33,14 +71,14 @@ def converted(where, row, convert):
     except Exception as e:  # of a missing field, another type, a value out of range
         die(f"{where}: not a row of this set, whose fields --help names: {e!r}")
 
-def read(paths, convert):
-    """The lines of the ratings file that convert(row) makes of each row. Those with a turn or an
-    answer of no text are left out: nobody wrote it, so its rating says nothing, and a policy could
-    learn from it that silence is safe."""
+def read(paths, convert, rows_of=read_jsonl):
+    """The lines of the ratings file that convert(row) makes of each row of rows_of(path). Those
+    with a turn or an answer of no text are left out: nobody wrote it, so its rating says nothing,
+    and a policy could learn from it that silence is safe."""
     records = []
     empty = 0
     for path in paths:
-        for where, row in read_jsonl(path):
+        for where, row in rows_of(path):
             for record in converted(where, row, convert):
                 texts = [turn["content"] for turn in record["messages"]] + [record["response"]]
                 if "" in [str(text).strip() for text in texts]:
@@ -69,16 +107,25 @@ def save(out_dir, files):
     set_aside(out_dir)
     os.rename(unfinished, out_dir)  # whole or not at all
 
+def prompts_of(records):
+    """Lines of a prompts file: each of their prompts once, with its tag, if it has one."""
+    prompts = {}
+    for record in records:
+        line = {key: record[key] for key in ("messages", "tag") if key in record}
+        prompts[repr(record["messages"])] = line
+    return list(prompts.values())
+
 def write(out_dir, train, heldout, licence):
-    """Ratings, those held out, and the prompts to train on -> out_dir; say what they are."""
+    """Ratings and prompts, to train on and held out -> out_dir; say what they are."""
     held_prompts = {repr(record["messages"]) for record in heldout}
     ratings = [record for record in train if repr(record["messages"]) not in held_prompts]
     require(ratings and heldout, "too few prompts: some are needed to train on and some held out")
-    prompts = {repr(record["messages"]): {"messages": record["messages"]} for record in ratings}
+    prompts = prompts_of(ratings)
     save(out_dir, {
         "ratings": ratings,
         "heldout_ratings": heldout,
-        "prompts": prompts.values(),
+        "prompts": prompts,
+        "heldout_prompts": prompts_of(heldout),
     })
     say(f"{out_dir}: {len(ratings)} ratings of {len(prompts)} prompts; held out {len(heldout)} of "
         f"{len(held_prompts)}; left out, since their prompt is held out: "

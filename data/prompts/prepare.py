@@ -18,17 +18,13 @@ learned words, not harm, refuses them. Each of its unsafe ones looks like a safe
 is held out, since what is trained on no longer measures; "source" tells its lines from others.
 AdvBench repeats itself: for a prompt held out others almost like it are trained on.
 """
-import csv
-import fileinput
 import os
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from urllib.request import urlretrieve
 
 from data import public
-from mogrpo import conversation, die, is_held_out, last_line, launch, read_jsonl, require, say
-from mogrpo import to_json
+from mogrpo import conversation, is_held_out, launch, read_jsonl, require, say, to_json
 
 @dataclass
 class Config:
@@ -55,37 +51,17 @@ SOURCES = {  # file name: its folder on GitHub, what makes a prompt of its row
     "seed_tasks.jsonl": ("yizhongw/self-instruct/main/data", self_instruct),
 }
 
-def download(folder):
-    """All files -> their paths in `folder`."""
-    for name, (origin, _) in SOURCES.items():
-        url = f"https://raw.githubusercontent.com/{origin}/{name}"
-        try:
-            urlretrieve(url, f"{folder}/{name}")
-        except OSError as e:
-            die(f"{url} cannot be downloaded, see --raw: {last_line(e)}")
-    return [f"{folder}/{name}" for name in SOURCES]
-
-def read_csv(path):
-    """(file:line, row) pairs, as of read_jsonl."""
-    try:
-        with fileinput.hook_compressed(path, "r", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            rows = [(f"{path}:{reader.line_num}", row) for row in reader]
-    except Exception as e:  # files fail in any way they like
-        die(f"{path}: unreadable or broken CSV: {e}")
-    require(rows, f"{path}: has no rows")
-    return rows
-
 def read(path):
     """(file:line, record) pairs of a file, which is known by its name."""
     name = os.path.basename(path).removesuffix(".gz")
     require(name in SOURCES, f"--raw={path}: expected files named {', '.join(SOURCES)}")
-    rows = read_csv(path) if name.endswith(".csv") else read_jsonl(path)
+    rows = public.read_csv(path) if name.endswith(".csv") else read_jsonl(path)
     return [(where, public.converted(where, row, SOURCES[name][1])) for where, row in rows]
 
 def main(cfg):
     with tempfile.TemporaryDirectory() as folder:
-        paths = cfg.raw.split(",") if cfg.raw else download(folder)
+        urls = [f"{origin}/{name}" for name, (origin, _) in SOURCES.items()]
+        paths = public.fetch_github(cfg.raw, urls, folder)
         pairs = [pair for path in paths for pair in read(path)]
     sides = {}, {}  # to train on, held out: prompt -> record, so that each stands there once
     for where, record in pairs:
