@@ -662,6 +662,9 @@ def setup(cfg, weights=torch.float32):
     policy = load_policy(cfg.policy, cfg.day).to(weights)  # `shard` will read them
     run.policy = run.trained = policy
     set_threads(policy)  # on a CPU
+    was_bfloat16 = cfg.dtype == "auto" and policy.config.dtype == torch.bfloat16
+    if was_bfloat16 and not CUDA and torch.cpu._is_avx512_bf16_supported():
+        say("--dtype=bfloat16 would be up to twice as fast on this CPU; the policy was saved in it")
     torch.manual_seed(cfg.seed)  # a LoRA adapter starts at random
     if cfg.lora_rank > 0:
         add_lora(policy, cfg.lora_rank, cfg.lora_alpha)
