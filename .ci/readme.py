@@ -8,6 +8,7 @@ SHORTER = [  # what takes minutes, to seconds
     (r"--steps=\d+", "--steps=3"),
     (r"^((?!.*--steps).*?(mogrpo\.py|-m ablations\.\w+|torchrun \"\$@\"))", r"\1 --steps=2"),
     (r"for seed in 0 1 2", "for seed in 0"),
+    (r"for round in 1 2 3 4", "for round in 1"),
     (r"-m bench\.intervals", "-m bench.intervals --trials=20"),
 ]
 PAGES = ("README.md", "data/README.md", "ablations/README.md", "bench/README.md")
