@@ -27,8 +27,11 @@ class Config:
     only: str = ""                # the names of some, comma-separated
 
 SMALL = "--steps=3 --dtype=float32 --eval_samples=1"
+# Many small rooms, over which a recording is kept while few rows end and columns are enough
 SCRIPT = """import mogrpo
 mogrpo.LOOK_EVERY = 4
+mogrpo.WIDTH_STEP = 16
+mogrpo.MOST_GOING = 0.3
 mogrpo.launch(mogrpo.main, mogrpo.Config, "", mogrpo.TOY)
 """
 
