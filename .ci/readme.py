@@ -1,5 +1,5 @@
 """The shell commands of the READMEs, each block a script commands.N.sh in its order, with a few
-steps instead of many. What needs a GPU or the hub is marked there so and left out; installing is
+steps instead of many. What needs a GPU, the hub or hours is marked there so and left out; installing is
 .ci/run's."""
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ for page in PAGES:
     for block in re.findall(r"^```sh\n(.*?)^```", Path(page).read_text(), re.S | re.M):
         script = "set -ex\n"
         for line in block.replace("\\\n", " ").splitlines():
-            if not re.search(r"\[(GPU|hub)|pip install -r", line):
+            if not re.search(r"\[(GPU|hub|hours)|pip install -r", line):
                 for pattern, shorter in SHORTER:
                     line = re.sub(pattern, shorter, line)
                 script += line + "\n"
