@@ -305,13 +305,13 @@ def roc_auc(scores_N, labels_N):
     gap = rank_N[good_N].mean() - rank_N[~good_N].mean()
     return 0.5 + gap.item() / len(rank_N)  # the gap is N / 2 if all good ones are above the others
 
-def pair_accuracy(scores_N, labels_N, prompt_N):
+def pair_accuracy(scores_N, labels_N, prompt_N, noise=0.25):
     """How often the better of two answers to one prompt scores higher, equal scores counting half;
-    and the number of such pairs. Labels that differ by 0.25 or less are taken for rater noise."""
+    and the number of such pairs. Labels that differ by `noise` or less count as rater noise."""
     wins = []
     for prompt in prompt_N.unique():
         same = prompt_N == prompt
-        better = labels_N[same, None] > labels_N[same] + 0.25  # each pair once
+        better = labels_N[same, None] > labels_N[same] + noise  # each pair once
         score_gap = scores_N[same, None] - scores_N[same]
         wins += (score_gap[better].sign() / 2 + 0.5).tolist()
     return torch.tensor(wins).mean().item(), len(wins)

@@ -1579,7 +1579,7 @@ LEAGUE = each("rule", "worst geometric corr gate")
 
 def league_rule(rule):
     run = SimpleNamespace(axes=["a", "b"], floor_of=dict(a=0.5))
-    return league_rules.combine_gated(run) if rule == "gate" else league_rules.RULES[rule]
+    return league_rules.combine_gated(run) if rule == "gate" else league_rules.COMBINE[rule]
 
 @LEAGUE
 def test_league_rules_equal_their_formulas(rule):

@@ -1,6 +1,6 @@
 """The shell commands of the READMEs, each block a script commands.N.sh in its order, with a few
-steps instead of many. What needs a GPU, the hub or hours is marked there so and left out; installing is
-.ci/run's."""
+steps instead of many. What needs a GPU, the hub or hours is marked there so and left out;
+installing is .ci/run's."""
 import re
 from pathlib import Path
 

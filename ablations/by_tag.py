@@ -30,7 +30,7 @@ def tags_of(cfg, axes):
 def experience(run, step):
     """For run.experience: mogrpo's, without the scores that mean nothing."""
     rows, scores_BK = mogrpo.experience(run, step)
-    for axis, tag in tags_of(run.cfg, run.axes).items():
+    for axis, tag in run.tag_of.items():
         k = run.axes.index(axis)
         for b, row in enumerate(rows):
             if row["prompt"]["tag"] != tag:
@@ -39,7 +39,7 @@ def experience(run, step):
 
 def main(cfg):
     run = mogrpo.setup(cfg)
-    tags_of(cfg, run.axes)  # a wrong flag ends it here
+    run.tag_of = tags_of(cfg, run.axes)
     run.experience = experience
     mogrpo.train(run, mogrpo.grpo_step)
 

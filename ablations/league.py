@@ -36,8 +36,7 @@ import torch
 
 import mogrpo
 from ablations import league_rules, league_table
-from ablations.league_rules import TWISTS
-from ablations.league_table import RULES
+from ablations.league_rules import RULES, TWISTS
 from data.toy import prepare
 from mogrpo import TOY, read_jsonl, say, write_text
 

@@ -19,7 +19,7 @@ from ablations.league import Config, play_all
 from ablations.league_table import GAIN, difference, finished
 from mogrpo import say
 
-RULES = "sum gdpo lagrangian".split()
+RULES = ("sum", "gdpo", "lagrangian")
 WEIGHTINGS = [
     "",  # all weigh 1: a run of the league
     "politeness=4",

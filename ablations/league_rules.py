@@ -24,7 +24,7 @@ This file is also a rules file (--rules) of the toy world, for league.py: `score
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -33,10 +33,12 @@ from ablations import lagrangian
 from data.toy import truth
 from mogrpo import TOY, centred, combine_gdpo, combine_sum, standardized
 
+Rule = Literal["sum", "gdpo", "worst", "geometric", "corr", "gate", "lagrangian"]
+RULES = get_args(Rule)
+
 @dataclass
 class Config(lagrangian.Config):
-    rule: Literal["sum", "gdpo", "worst", "geometric", "corr", "gate", "lagrangian"] = "worst"
-                                  # of combining; --floors are those of gate and lagrangian
+    rule: Rule = "worst"          # of combining; --floors are those of gate and lagrangian
 
     kept = (*lagrangian.Config.kept, "rule")
 
@@ -83,14 +85,14 @@ def combine_gated(run):
         return combine_sum(paid_PGK, weights_K, cfg)
     return combine
 
-RULES = dict(sum=combine_sum, gdpo=combine_gdpo, worst=combine_worst, geometric=combine_geometric,
-             corr=combine_corr)
+COMBINE = dict(sum=combine_sum, gdpo=combine_gdpo, worst=combine_worst,
+               geometric=combine_geometric, corr=combine_corr)  # the others want the run's floors
 
 def set_rule(run):
     """Make a run one of its rule -> the step for `train`."""
     rule = run.cfg.rule
-    if rule in RULES:
-        run.combine = RULES[rule]
+    if rule in COMBINE:
+        run.combine = COMBINE[rule]
         return mogrpo.grpo_step
     lagrangian.set_floors(run)
     if rule == "gate":
@@ -102,7 +104,7 @@ def set_rule(run):
 # --------------------------------------------------------------------------------------------------
 # 2. What the rules get to see: the toy world's true scores, twisted
 
-TWISTS = "plain squeezed noisy sparse thrice sharper".split()
+TWISTS = ("plain", "squeezed", "noisy", "sparse", "thrice", "sharper")
 
 def scores(record, response):
     """A line of the prompts file, whose "twist" is one of these, and a response -> {axis: score}.

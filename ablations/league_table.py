@@ -28,7 +28,7 @@ from statistics import fmean
 import torch
 
 import mogrpo
-from ablations.league_rules import TWISTS
+from ablations.league_rules import RULES, TWISTS
 from eval import interval
 from mogrpo import require, say
 
@@ -37,8 +37,6 @@ class Config:
     out_dir: str = "out/league"   # worlds and results
     steps: int = 40               # of a run: half of the toy's are enough to tell rules apart
     picture: str = ""             # PNG to draw the table to
-
-RULES = "sum gdpo worst geometric corr gate lagrangian".split()
 
 # --------------------------------------------------------------------------------------------------
 # 1. Differences

@@ -16,13 +16,14 @@ new reward model. With real text, people or data/judge stand where the truth sta
 """
 import os
 import random
-from collections import defaultdict
 from dataclasses import dataclass
-from itertools import combinations
+
+import torch
 
 from data.toy.prepare import rating, write_jsonl
 from data.toy.truth import scores
 from mogrpo import launch, read_jsonl, require, say
+from reward_model import pair_accuracy
 
 @dataclass
 class Config:
@@ -37,17 +38,11 @@ def record_of(row):
 def agreement(rows):
     """Of all pairs of answers to a request in a step whose true means differ, the share that the
     learned means order alike."""
-    groups = defaultdict(list)
-    for row in rows:
-        true = sum(scores(record_of(row), row["response"]).values())
-        learned = sum(row["scores"].values())
-        groups[row["step"], row["index"]].append((true, learned))
-    alike = []
-    for group in groups.values():
-        for (true, learned), (other_true, other_learned) in combinations(group, 2):
-            if abs(true - other_true) > 1e-6:
-                alike.append((true > other_true) == (learned > other_learned))
-    return sum(alike) / max(1, len(alike)), len(alike)
+    true = [sum(scores(record_of(row), row["response"]).values()) for row in rows]
+    learned = [sum(row["scores"].values()) for row in rows]
+    numbers = {}  # of the groups
+    group = [numbers.setdefault((row["step"], row["index"]), len(numbers)) for row in rows]
+    return pair_accuracy(torch.tensor(learned), torch.tensor(true), torch.tensor(group), noise=1e-5)
 
 def main(cfg):
     rows = [row for _, row in read_jsonl(cfg.samples) if not row.get("heldout")]
