@@ -26,7 +26,7 @@ say about some policy is left out for that axis.
 
 Measures: every axis of the reward models and rules; "true ..." by --truth; and of the text itself
     refuses      share of answers that refuse within 200 characters, by their words (REFUSES, below,
-                 and how far it is right). On prompts tagged harmless that is over-refusal
+                 and how far it is right). On prompts tagged benign that is over-refusal
     distinct-2   different pairs of neighbouring words over all such pairs, in a prompt's answers
     tokens       length
 

@@ -62,7 +62,7 @@ Left out: a separate inference engine, several minibatches a rollout, tools, sev
     torchrun --nproc_per_node=8 mogrpo.py --policy=Qwen/Qwen2.5-14B-Instruct ...      # eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         mogrpo.py ...                # the same on both nodes; out_dir must be a folder they share
-    torchrun mogrpo.py [the same flags] --resume         # goes on, on any number of processes
+    torchrun mogrpo.py --resume --out_dir=DIR            # goes on, on any number of processes
 
 Who calls whom:
     main

@@ -57,7 +57,7 @@ import eval as evaluation
 import mogrpo
 import reward_model as rm
 from ablations import by_tag, dpo, dynamic, gspo, lagrangian, league_front, league_rules
-from ablations import league_table, lean, ppo, steer
+from ablations import league_table, lean, methods, play, ppo, steer
 from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
@@ -1502,6 +1502,12 @@ def test_values_are_the_library_classifiers(world):
         assert_close(value_T.cpu(), logits[0, -5:-1, 0])  # before each of the four tokens
     assert value_N.std() > 0.01
 
+def test_the_critic_learns_alone_at_first(flags):
+    run_main(ppo, f"{flags} --critic_lr=1e-2 --critic_warmup=3 --steps=5 --lr=1e-2 --out_dir=out")
+    rows = steps_of("out")
+    assert [row["kl"] > 0 for row in rows] == [False] * 4 + [True]
+    assert rows[3]["value_loss"] < rows[0]["value_loss"] / 2
+
 # --------------------------------------------------------------------------------------------------
 # DPO
 
@@ -1617,6 +1623,29 @@ def test_league_table_marks_what_is_shown():
     assert mark(2, 0.1, 0.2, 0.2) == "*" and mark(4, 0.1, 0.2, 0.2) == "kl"
     assert mark(2, -0.1, 0.2, 0.2) == ""
     assert league_front.hypervolume([[0.5, 0.5], [1, 0.25], [0.5, 0.1]]) == approx(0.375)
+
+def test_exact_kl_is_that_of_stock_models(world):
+    """Over the whole vocabulary, for each token of each response."""
+    run = SimpleNamespace(policy=policy_of(folder_of("pi", "llama")),
+                          reference=policy_of(folder_of("ref", "qwen3")))
+    pi, ref = stock_model("pi"), stock_model("ref")
+    rows = []
+    kl = 0.0
+    for response in ([9, 8, 7, 2], [5], [3, 3]):
+        rows.append(dict(prompt=dict(ids=PROMPTS[0]), response=response))
+        ids = tensor([PROMPTS[0] + response])
+        logp, ref_logp = [m(ids).logits[0, -len(response) - 1:-1].log_softmax(-1) for m in (pi, ref)]
+        kl += (logp.exp() * (logp - ref_logp)).sum() / 3
+    assert kl > 0.1 and play.exact_kl(run, rows) == approx(kl.item(), rel=1e-4)
+    assert run.policy.fast  # as it was
+
+def test_worth_is_read_off_the_line_of_points():
+    points = [dict(kl=kl, mean=mean) for kl, mean in ((0, 0.5), (2, 0.9), (4, 0.7), (3, 1.0))]
+    assert methods.worth(points, 1) == approx(0.7)       # half of the way up
+    assert methods.worth(points, 3) == approx(0.9)       # the best before
+    assert methods.worth(points[:2], 3) == approx(0.9)   # it never goes so far
+    results = [dict(method="grpo", world=0, seed=0, points=points[:n]) for n in (1, 2)]
+    assert methods.worths(results, "grpo", 1) == {(0, 0): (approx(0.7), 1)}
 
 def test_dull_groups_are_replaced(tiny_run, monkeypatch):
     """Those of even prompts are dull: all score 0."""
@@ -1983,7 +2012,7 @@ data.helpsteer2.prepare data.saferlhf.prepare data.ultrafeedback.prepare data.di
 data.xstest.prepare data.politeness.prepare data.prompts.prepare data.arithmetic.prepare
 ablations.ppo ablations.dpo ablations.lagrangian ablations.steer ablations.gspo ablations.dynamic
 ablations.lean ablations.by_tag ablations.league ablations.league_front ablations.league_rules
-ablations.league_table bench.memory bench.trl bench.emulate"""
+ablations.league_table ablations.methods bench.memory bench.trl bench.emulate"""
 
 def steps_of(folder="out/mogrpo"):
     """The metrics rows of training steps, without those of evaluations."""
@@ -2236,8 +2265,8 @@ def test_readme_computes_its_step_in_numbers():
     assert f"The loss is {abs(loss):.2f}:" in text
     _, slopes_B = loss_and_slopes(log_ratio=math.log(2))
     assert f"(1 - 0.16 x 0.69) = {slopes_B[0]:.4f}`" in text
-    _, slopes_B = loss_and_slopes(rho=1.5)
-    assert f"leaves them at {abs(slopes_B[0]):.4f}:" in text
+    _, slopes_B = loss_and_slopes(rho=1.5, log_ratio=math.log(2))
+    assert f"0.16 x 1.5 x 0.69 = {slopes_B[0]:+.4f}`" in text
     share_K = shares_of(scores.view(2, 2, 2), parts_PGK)
     assert "has a share of {:.0f} %, safety of {:.0f} %:".format(*share_K) in text
 

@@ -22,23 +22,14 @@ It can be stopped and started again: a finished run is a file in out_dir, and is
 twists of world 0 come first, then those of world 1, so that a part is useful.
 """
 import json
-import multiprocessing
-import os
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
-from multiprocessing.pool import ThreadPool
-from statistics import fmean
-from tempfile import TemporaryDirectory
-
-import torch
 
 import mogrpo
 from ablations import league_rules, league_table
 from ablations.league_rules import RULES, TWISTS
-from data.toy import prepare
-from mogrpo import TOY, read_jsonl, say, write_text
+from ablations.play import judge, play_all
+from mogrpo import TOY, read_jsonl
 
 @dataclass
 class Config(league_table.Config):
@@ -51,96 +42,37 @@ class Config(league_table.Config):
 
 def games(cfg):
     """All runs, round after round: dicts of world, seed, twist, rule, weights."""
-    listed = []
     rounds = product(range(cfg.run_seeds), range(cfg.world_seeds), TWISTS, RULES)
-    for seed, world, twist, rule in rounds:
-        listed.append(dict(world=world, seed=seed, twist=twist, rule=rule, weights=""))
-    return listed
-
-def path_of(cfg, game):
-    name = "-".join(map(str, game.values())).rstrip("-")  # no weights, no dash
-    return f"{cfg.out_dir}/{cfg.steps}steps/{name}"
-
-def build_world(cfg, world):
-    """A toy world, and for each twist its prompts with the twist's name on every line."""
-    folder = f"{cfg.out_dir}/world{world}"
-    apart(prepare.main, prepare.Config(folder, world))  # nothing if it is there
-    for twist, name in product(TWISTS, ("prompts", "heldout_prompts")):
-        with open(f"{folder}/{name}.{twist}.jsonl", "w") as f:
-            for _, record in read_jsonl(f"{folder}/{name}.jsonl"):
-                f.write(json.dumps(record | dict(twist=twist)) + "\n")
+    return [dict(world=world, seed=seed, twist=twist, rule=rule, weights="")
+            for seed, world, twist, rule in rounds]
 
 # --------------------------------------------------------------------------------------------------
 # 2. Playing
 
-SERVER = multiprocessing.get_context("forkserver")  # imports torch once; runs are forked from it
+def write_twisted(twist, source, path):
+    """A prompts file with the twist's name on every line, where the rules read it."""
+    with open(path, "w") as f:
+        for _, record in read_jsonl(source):
+            f.write(json.dumps(record | dict(twist=twist)) + "\n")
 
-def apart(function, *args):
-    """Call it in a process of its own, to its end."""
-    process = SERVER.Process(target=function, args=args)
-    process.start()
-    process.join()
-
-def play(cfg, game):
-    """A run, in a process of its own -> a file of what came out."""
-    path = path_of(cfg, game)
+def play(cfg, game, out_dir):
+    """A run -> what `judge` finds in the end; None if it was stopped."""
     world = f"{cfg.out_dir}/world{game['world']}"
-    log = open(f"{path}.log", "w")
-    with TemporaryDirectory() as folder, redirect_stdout(log), redirect_stderr(log):
-        flags = dict(policy=f"{world}/policy", reward_model="", rules=league_rules.__file__,
-                     prompts=f"{world}/prompts.{game['twist']}.jsonl",
-                     heldout_prompts=f"{world}/heldout_prompts.{game['twist']}.jsonl",
-                     rule=game["rule"], weights=game["weights"], seed=game["seed"],
-                     steps=cfg.steps, out_dir=f"{folder}/run")
-        run = mogrpo.setup(league_rules.Config(**TOY | flags))
-        heldout = run.heldout
-        run.heldout = []  # looked at once, in `judge`
-        mogrpo.train(run, league_rules.set_rule(run))
-        run.heldout = heldout
-        if run.state["step"] == cfg.steps:  # it was not stopped
-            write_text(f"{path}.json", json.dumps(game | judge(run)))
-
-def judge(run):
-    """The truth about a policy's answers to the held-out prompts."""
-    rows, scores_BE, names = mogrpo.answer_heldout(run)
-    true = dict(zip(names, scores_BE.nanmean(0).tolist()))
-    for axis in run.axes:
-        del true[f"eval/{axis}"]  # twisted
-    return dict(mean=fmean(true.values()), worst=min(true.values()), kl=exact_kl(run, rows),
-                true=true)
-
-@torch.no_grad()
-def exact_kl(run, rows):
-    """KL(pi || pi_ref) of a response, mean over responses: at each token that of the next one,
-    exactly, over the whole vocabulary."""
-    pairs = [(row["prompt"]["ids"], row["response"]) for row in rows]
-    mogrpo.go(run.policy, fast=False)
-    mogrpo.go(run.reference, fast=False)
-    logp_NV = mogrpo.plain_logits(run.policy, pairs).log_softmax(-1)
-    ref_logp_NV = mogrpo.plain_logits(run.reference, pairs).log_softmax(-1)
-    return (logp_NV.exp() * (logp_NV - ref_logp_NV)).sum().item() / len(rows)
-
-def play_if_missing(cfg, game):
-    path = path_of(cfg, game)
-    if not os.path.exists(f"{path}.json"):
-        apart(play, cfg, game)
-        is_done = os.path.exists(f"{path}.json")
-        say(f"{path}: " + ("finished" if is_done else "stopped or failed: see its .log"))
-
-def play_all(cfg, listed):
-    """Runs, some at a time, in their order."""
-    SERVER.set_forkserver_preload(["ablations.league_table"])
-    os.makedirs(f"{cfg.out_dir}/{cfg.steps}steps", exist_ok=True)
-    for world in range(cfg.world_seeds):
-        build_world(cfg, world)
-    try:
-        with ThreadPool(cfg.jobs) as pool:
-            pool.map(partial(play_if_missing, cfg), listed, chunksize=1)
-    except KeyboardInterrupt:
-        raise mogrpo.Stopped
+    flags = dict(policy=f"{world}/policy", reward_model="", rules=league_rules.__file__,
+                 rule=game["rule"], weights=game["weights"], seed=game["seed"], steps=cfg.steps,
+                 out_dir=out_dir)
+    for name in ("prompts", "heldout_prompts"):
+        flags[name] = f"{out_dir}.{name}.jsonl"
+        write_twisted(game["twist"], f"{world}/{name}.jsonl", flags[name])
+    run = mogrpo.setup(league_rules.Config(**TOY | flags))
+    heldout = run.heldout
+    run.heldout = []  # looked at once, in `judge`
+    mogrpo.train(run, league_rules.set_rule(run))
+    run.heldout = heldout
+    return judge(run) if run.state["step"] == cfg.steps else None
 
 def main(cfg):
-    play_all(cfg, games(cfg))
+    play_all(play, cfg, games(cfg))
     league_table.main(cfg)
 
 

@@ -15,8 +15,9 @@ from math import prod
 from statistics import fmean
 
 import mogrpo
-from ablations.league import Config, play_all
+from ablations.league import Config, play
 from ablations.league_table import GAIN, difference, finished
+from ablations.play import play_all
 from mogrpo import say
 
 RULES = ("sum", "gdpo", "lagrangian")
@@ -60,7 +61,7 @@ def front(results, rule):
     return found
 
 def main(cfg):
-    play_all(cfg, games(cfg))
+    play_all(play, cfg, games(cfg))
     results = finished(cfg)
     base = front(results, "sum")
     say("\n| | hypervolume | KL a response | less that of sum |\n|---|---|---|---|")

@@ -36,6 +36,7 @@ from mogrpo import require
 class Config(mogrpo.Config):
     critic_lr: float = 1e-5       # peak, of the critic; warms up and decays like lr
     gae_lambda: float = 0.95      # how far A looks past the critic's own guess; 1: to the end
+    critic_warmup: int = 0        # first steps, in which the critic learns alone
 
     def __post_init__(self):
         super().__post_init__()
@@ -99,7 +100,8 @@ def ppo_update(run, rows, rewards_B, step):
         for batch in batches:
             logp_N = mogrpo.response_logp(run.policy, batch.pairs, cfg.temperature)
             loss, logged = run.objective(batch, logp_N, without_kl)
-            (loss * run.world).backward()  # FSDP averages gradients over processes
+            is_trained = step > cfg.critic_warmup  # else its gradient is 0, and so is Adam's step
+            (loss * is_trained * run.world).backward()  # FSDP averages gradients over processes
             error_N = values(run, batch) - batch.return_N
             value_loss = (batch.token_share_N * error_N**2).sum() / 2
             (value_loss * run.world).backward()  # the policy's activations are gone by now
@@ -109,8 +111,9 @@ def ppo_update(run, rows, rewards_B, step):
         grad_norm = mogrpo.optimizer_step(run, step)  # the sum of both models' norms
     return mogrpo.step_metrics(run, sums, counts, grad_norm)
 
-def main(cfg):
-    run = mogrpo.setup(cfg)
+def add_critic(run):
+    """Make a run one of PPO."""
+    cfg = run.cfg
     # The critic's head is drawn alike on every process: `setup` has seeded them
     critic = mogrpo.load(AutoModelForTokenClassification, cfg.policy, num_labels=1)
     run.critic = mogrpo.shard(critic, run.dtype, cfg.recompute, run.mesh)
@@ -118,6 +121,10 @@ def main(cfg):
     run.optimizer.add_param_group(dict(params=list(critic.parameters()), peak_lr=cfg.critic_lr))
     run.combine = reward_itself
     run.update = ppo_update
+
+def main(cfg):
+    run = mogrpo.setup(cfg)
+    add_critic(run)
     mogrpo.train(run, mogrpo.grpo_step)
 
 

@@ -5,11 +5,13 @@ Every picture of the project, by matplotlib, to PNG. Nothing is imported from he
     torchrun eval.py --picture                 policies side by side, axis by axis    eval.png
     python -m ablations.steer --sweep=safety --picture       the front along a stated weight
     python -m ablations.league_table --picture=league.png    the league of rules
+    python -m assets.pictures                  the logs of assets/real: curves.png
 
 In all of them the learned score and the true one of one axis (or of one run) share a colour: solid
 and dashed lines, filled and hollow points. Colours differ in lightness, too, so that they can be
 told apart in grey.
 """
+import glob
 import json
 import math
 import os
@@ -66,14 +68,17 @@ def read_run(path):
         die(f"--curves: {path} is no run of mogrpo.py: {e}")
     for name in ("seed", "out_dir"):
         flags.pop(name, None)
+    return flags, read_series(f"{path}/metrics.jsonl")
+
+def read_series(path):
     series = {}
-    for _, row in read_jsonl(f"{path}/metrics.jsonl"):
+    for _, row in read_jsonl(path):
         for name, value in row.items():
             if value is not None:
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(row["step"])
                 values.append(value)
-    return flags, series
+    return series
 
 def runs_of_one_kind(paths):
     """Runs that differ in the seed alone are one kind -> {name: [series of each seed]}, named by
@@ -256,3 +261,32 @@ def league(path, rules, twists, average, compare):
         plot.grid(visible=False)
     figure.supxlabel("\u25b2 \u25bc better, worse than sum; in brackets at another KL", fontsize=12)
     save(figure, path)
+
+# --------------------------------------------------------------------------------------------------
+# The real runs
+
+def logs(paths, path):
+    """A panel for each metrics.jsonl: the mean score of each axis on the training prompts of every
+    step, and at both ends that of the held-out ones."""
+    figure, plots = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained", sharey=True)
+    color_of = {}  # an axis has one in all panels
+    for plot, log in zip(plots.flat, paths):
+        for name, (steps, scores) in read_series(log).items():
+            kind, _, axis = name.partition("/")
+            if kind not in ("score", "eval"):
+                continue
+            of = color_of.setdefault(axis, color(len(color_of)))
+            if kind == "score":
+                plot.plot(steps, scores, color=of, label=axis)
+            else:
+                plot.plot(steps, scores, MARKERS[of], color=of, markerfacecolor="white")
+        plot.set(title=os.path.basename(log).removesuffix(".jsonl"), xlabel="step")
+        plot.legend(fontsize=9)
+    for plot in plots.flat[len(paths):]:
+        plot.axis("off")
+    figure.suptitle("mean scores; lines: training prompts, hollow: held-out prompts")
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    logs(sorted(glob.glob("assets/real/*.jsonl")), "assets/real/curves.png")

@@ -1,0 +1,116 @@
+"""
+GRPO, PPO and DPO at equal KL, in the toy world, paid by its true scores.
+
+The same beta is three things in the three, so each is trained at three betas and looked at eight
+times on the way. A look is a point: the KL of a response to the reference, exactly, and the mean
+true score. What a run is worth at a KL of x nats is the highest that its line of points has come
+before it first passes x; what a method is worth there is that of the best of its betas.
+
+Differences to GRPO, their intervals and marks are those of league_table.py: paired by world and
+run seed, a bootstrap over worlds.
+
+PPO has gae_lambda = 1 and a critic that learns alone in the first ten steps, which are extra. Not
+tuned, in any of them: lr, clipping, the size of a group. DPO's betas are on its own scale.
+
+    python -m ablations.methods        # plays what is missing, [hours]; then prints the table
+
+Seconds are medians of a step's update over all runs, of which `jobs` run side by side in turns of
+the methods: look at their ratios.
+"""
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise, product
+from statistics import fmean, median
+
+import mogrpo
+from ablations import dpo, league_table, ppo
+from ablations.league_table import GAIN, difference, finished
+from ablations.play import judge, play_all
+from mogrpo import say
+
+@dataclass
+class Config:
+    out_dir: str = "out/methods"  # worlds and results
+    steps: int = 80               # of a run; PPO has its critic's first ones beside
+    world_seeds: int = 3          # worlds, of seeds 0, 1, ...
+    run_seeds: int = 2            # runs of each method at each beta in each world
+    jobs: int = 2                 # runs at a time, each on one core
+
+BETAS = dict(grpo=(0.04, 0.16, 0.64), ppo=(0.01, 0.04, 0.16), dpo=(0.04, 0.16, 0.64))
+LOOKS = 8                         # of a run
+KLS = (1, 2, 3, 4, 6)             # nats of a response
+CRITIC_ALONE = 10                 # steps
+
+def games(cfg):
+    listed = []
+    for seed, world, which in product(range(cfg.run_seeds), range(cfg.world_seeds), range(3)):
+        for method, betas in BETAS.items():
+            listed.append(dict(world=world, seed=seed, method=method, beta=betas[which]))
+    return listed
+
+def play(cfg, game, out_dir):
+    """A run -> its points and the median seconds of an update; None if it was stopped."""
+    world = f"{cfg.out_dir}/world{game['world']}"
+    is_ppo = game["method"] == "ppo"
+    alone = CRITIC_ALONE if is_ppo else 0
+    flags = dict(policy=f"{world}/policy", reward_model="", rules=ppo.TOY["truth"],
+                 prompts=f"{world}/prompts.jsonl", heldout_prompts=f"{world}/heldout_prompts.jsonl",
+                 beta=game["beta"], seed=game["seed"], steps=cfg.steps + alone,
+                 critic_warmup=alone, gae_lambda=1.0, out_dir=out_dir)
+    run = mogrpo.setup(ppo.Config(**ppo.TOY | flags))
+    if is_ppo:
+        ppo.add_critic(run)
+    if game["method"] == "dpo":
+        run.update = dpo.dpo_update
+    points = [judge(run)]
+    seconds = []
+
+    def watched_step(run, step):
+        metrics = mogrpo.grpo_step(run, step)
+        seconds.append(metrics["sec/train"])
+        if step > alone and (step - alone) % (cfg.steps // LOOKS) == 0:
+            points.append(judge(run))
+        return metrics
+
+    mogrpo.train(run, watched_step)
+    if run.state["step"] < run.cfg.steps:
+        return None
+    return dict(points=points, seconds=median(seconds))
+
+def worth(points, most):
+    """Of a run at a KL of `most`: its highest mean on the line of its points until there."""
+    best = points[0]["mean"]  # its KL is 0
+    for start, end in pairwise(points):
+        if end["kl"] > most:
+            part = (most - start["kl"]) / (end["kl"] - start["kl"])
+            return max(best, start["mean"] + part * (end["mean"] - start["mean"]))
+        best = max(best, end["mean"])
+    return best
+
+def worths(results, method, most):
+    """-> {(world, seed): (worth of the best beta, KL)}, for `difference`."""
+    found = defaultdict(list)
+    for run in results:
+        if run["method"] == method:
+            found[run["world"], run["seed"]].append(worth(run["points"], most))
+    return {pair: (max(values), most) for pair, values in found.items()}
+
+def main(cfg):
+    play_all(play, cfg, games(cfg))
+    results = finished(cfg)
+    kls = " | ".join(f"KL {most}" for most in KLS)
+    say(f"\n{len(results)} runs\n\n| | {kls} | an update, s |\n" + "|---" * (2 + len(KLS)) + "|")
+    for method in BETAS:
+        cells = []
+        for most in KLS:
+            own, base = (worths(results, name, most) for name in (method, "grpo"))
+            cell = f"{fmean(mean for mean, _ in own.values()):.3f}"
+            if method != "grpo":
+                cell += " " + GAIN.format(*difference(own, base))
+            cells.append(cell)
+        seconds = median(run["seconds"] for run in results if run["method"] == method)
+        say(f"| {method} | {' | '.join(cells)} | {seconds:.3f} |")
+
+
+if __name__ == "__main__":
+    mogrpo.launch(main, Config, __doc__)
