@@ -1640,11 +1640,13 @@ def test_exact_kl_is_that_of_stock_models(world):
     assert run.policy.fast  # as it was
 
 def test_worth_is_read_off_the_line_of_points():
-    points = [dict(kl=kl, mean=mean) for kl, mean in ((0, 0.5), (2, 0.9), (4, 0.7), (3, 1.0))]
-    assert methods.worth(points, 1) == approx(0.7)       # half of the way up
-    assert methods.worth(points, 3) == approx(0.9)       # the best before
-    assert methods.worth(points[:2], 3) == approx(0.9)   # it never goes so far
-    results = [dict(method="grpo", world=0, seed=0, points=points[:n]) for n in (1, 2)]
+    points = [dict(kl=kl, mean=mean) for kl, mean in ((0, 0.5), (2, 0.9), (4, 0.7), (2.5, 1.0))]
+    assert methods.worth(points[:2], 1) == approx(0.7)   # half of the way up
+    assert methods.worth(points[:3], 3) == approx(0.9)   # the best until there
+    assert methods.worth(points, 3) == approx(1.0)       # it comes back
+    assert methods.worth(points, 2.2) == approx(0.9)
+    assert methods.worth(points[:2], 9) == approx(0.9)   # it never goes so far
+    results = [dict(method="grpo", world=0, seed=0, points=points[:n]) for n in (1, 2)]  # two betas
     assert methods.worths(results, "grpo", 1) == {(0, 0): (approx(0.7), 1)}
 
 def test_dull_groups_are_replaced(tiny_run, monkeypatch):

@@ -11,7 +11,8 @@ SHORTER = [  # what takes minutes, to seconds
     (r"for round in 1 2 3 4", "for round in 1"),
     (r"-m bench\.intervals", "-m bench.intervals --trials=20"),
 ]
-PAGES = ("README.md", "data/README.md", "ablations/README.md", "bench/README.md", "assets/real/README.md")
+PAGES = ("README.md", "data/README.md", "ablations/README.md", "bench/README.md",
+         "assets/real/README.md")
 number = 0
 for page in PAGES:
     for block in re.findall(r"^```sh\n(.*?)^```", Path(page).read_text(), re.S | re.M):

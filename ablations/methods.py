@@ -3,8 +3,8 @@ GRPO, PPO and DPO at equal KL, in the toy world, paid by its true scores.
 
 The same beta is three things in the three, so each is trained at three betas and looked at eight
 times on the way. A look is a point: the KL of a response to the reference, exactly, and the mean
-true score. What a run is worth at a KL of x nats is the highest that its line of points has come
-before it first passes x; what a method is worth there is that of the best of its betas.
+true score. What a run is worth at a KL of x nats is the highest that the line of its points comes
+where its KL is at most x; what a method is worth there is that of the best of its betas.
 
 Differences to GRPO, their intervals and marks are those of league_table.py: paired by world and
 run seed, a bootstrap over worlds.
@@ -36,9 +36,10 @@ class Config:
     run_seeds: int = 2            # runs of each method at each beta in each world
     jobs: int = 2                 # runs at a time, each on one core
 
-BETAS = dict(grpo=(0.04, 0.16, 0.64), ppo=(0.01, 0.04, 0.16), dpo=(0.04, 0.16, 0.64))
+# They end at some 5, 3.5 and 2 nats
+BETAS = dict(grpo=(0.16, 0.32, 0.64), ppo=(0.04, 0.16, 0.64), dpo=(0.64, 2.5, 10.0))
 LOOKS = 8                         # of a run
-KLS = (1, 2, 3, 4, 6)             # nats of a response
+KLS = (1, 2, 3, 4, 5)             # nats of a response
 CRITIC_ALONE = 10                 # steps
 
 def games(cfg):
@@ -78,13 +79,15 @@ def play(cfg, game, out_dir):
     return dict(points=points, seconds=median(seconds))
 
 def worth(points, most):
-    """Of a run at a KL of `most`: its highest mean on the line of its points until there."""
+    """Of a run at a KL of `most`: the highest mean on the line of its points, where its KL is no
+    more."""
     best = points[0]["mean"]  # its KL is 0
     for start, end in pairwise(points):
-        if end["kl"] > most:
+        if (start["kl"] <= most) != (end["kl"] <= most):  # the line crosses it
             part = (most - start["kl"]) / (end["kl"] - start["kl"])
-            return max(best, start["mean"] + part * (end["mean"] - start["mean"]))
-        best = max(best, end["mean"])
+            best = max(best, start["mean"] + part * (end["mean"] - start["mean"]))
+        if end["kl"] <= most:
+            best = max(best, end["mean"])
     return best
 
 def worths(results, method, most):
