@@ -6,6 +6,7 @@ one number: the volume of all scores in [0, 1]^4 that one of the eight reaches o
 true axis. A rule whose policies all end alike has a small one; so has a rule that never ends high.
 
     python -m ablations.league_front        # plays what is missing, then prints the table
+    python -m ablations.league_front --picture=assets/front.png     # and draws; wants matplotlib
 
 Differences to `sum`, their intervals and marks are those of league_table.py; one run seed.
 """
@@ -60,6 +61,15 @@ def front(results, rule):
             found[pair] = volume, fmean(run["kl"] for run in runs)
     return found
 
+def mean_points(results, rule):
+    """Of each weighting, the rule's mean true scores over worlds."""
+    points = []
+    for weights in WEIGHTINGS:
+        wanted = dict(rule=rule, twist="plain", weights=weights, seed=0).items()
+        runs = [run["true"] for run in results if run.items() >= wanted]
+        points.append({axis: fmean(run[axis] for run in runs) for axis in runs[0]})
+    return points
+
 def main(cfg):
     play_all(play, cfg, games(cfg))
     results = finished(cfg)
@@ -69,6 +79,9 @@ def main(cfg):
         own = front(results, rule)
         volume, kl = map(fmean, zip(*own.values()))
         say(f"| {rule} | {volume:.3f} | {kl:.1f} | {GAIN.format(*difference(own, base))} |")
+    if cfg.picture:
+        from assets import pictures
+        pictures.front(cfg.picture, {rule: mean_points(results, rule) for rule in RULES})
 
 
 if __name__ == "__main__":

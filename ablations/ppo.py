@@ -15,9 +15,10 @@ Every response is an episode of its own, a token is an action, and the reward R 
 Source: 2203.02155 (InstructGPT), as the baseline of 2503.21819. V is a second model, the policy's
 body with one output a token, and all of it is trained (with --lora_rank, too): as many weights,
 gradients and moments again. Each model's gradient is clipped by itself. Groups are still sampled,
-but their means do nothing; share/<axis> in metrics.jsonl is what it would be to GRPO. What it is
-not: tuned. There is no discount, no clipped value loss and no adaptive beta, and an inner epoch is
-one optimizer step on all rows.
+but their means do nothing; share/<axis> in metrics.jsonl is what it would be to GRPO. A fresh
+critic guesses wrong: with a small gae_lambda, or without --critic_warmup, the policy learns from
+its errors. What it is not: tuned. There is no discount, no clipped value loss and no adaptive beta,
+and an inner epoch is one optimizer step on all rows.
 
     torchrun -m ablations.ppo                                                  # the toy world
     torchrun --nproc_per_node=8 -m ablations.ppo --critic_lr=1e-5 [the flags of mogrpo.py]
@@ -35,7 +36,7 @@ from mogrpo import require
 @dataclass
 class Config(mogrpo.Config):
     critic_lr: float = 1e-5       # peak, of the critic; warms up and decays like lr
-    gae_lambda: float = 0.95      # how far A looks past the critic's own guess; 1: to the end
+    gae_lambda: float = 1.0       # how far A looks past the critic's own guess; 1: to the end
     critic_warmup: int = 0        # first steps, in which the critic learns alone
 
     def __post_init__(self):
@@ -43,7 +44,7 @@ class Config(mogrpo.Config):
         require(self.combine == "sum" and self.beta > 0, "PPO wants --combine=sum, --beta above 0")
         require(self.gae_lambda <= 1, f"--gae_lambda={self.gae_lambda}: must be from 0 to 1")
 
-TOY = {**mogrpo.TOY, "critic_lr": 3e-3}  # defaults while --policy=toy
+TOY = {**mogrpo.TOY, "critic_lr": 3e-3, "critic_warmup": 10}  # defaults while --policy=toy
 
 def reward_itself(scores_PGK, weights_K, cfg):
     """For run.combine: no group, no baseline. An axis without a score counts as its mean."""

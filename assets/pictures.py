@@ -5,6 +5,7 @@ Every picture of the project, by matplotlib, to PNG. Nothing is imported from he
     torchrun eval.py --picture                 policies side by side, axis by axis    eval.png
     python -m ablations.steer --sweep=safety --picture       the front along a stated weight
     python -m ablations.league_table --picture=league.png    the league of rules
+    python -m ablations.league_front --picture=front.png     its front, by weightings
     python -m assets.pictures                  the logs of assets/real: curves.png
 
 In all of them the learned score and the true one of one axis (or of one run) share a colour: solid
@@ -262,13 +263,30 @@ def league(path, rules, twists, average, compare):
     figure.supxlabel("\u25b2 \u25bc better, worse than sum; in brackets at another KL", fontsize=12)
     save(figure, path)
 
+def front(path, points_of):
+    """ablations/league_front's {rule: [true scores of each weighting]}, two axes against two."""
+    figure, plots = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    pairs = ("actionability", "safety"), ("politeness", "meaningfulness")
+    for plot, (x, y) in zip(plots, pairs):
+        for i, (rule, points) in enumerate(points_of.items()):
+            across = [point[f"true/{x}"] for point in points]
+            up = [point[f"true/{y}"] for point in points]
+            plot.plot(across, up, MARKERS[color(i)], color=color(i), markersize=9,
+                      markerfacecolor="none", markeredgewidth=1.8, label=rule)
+            for number, place in enumerate(zip(across, up)):
+                plot.annotate(number, place, (6, 5), textcoords="offset points", color=color(i),
+                              fontsize=10)
+        plot.set(xlabel=f"true {x}", ylabel=f"true {y}")
+    plots[0].legend()
+    save(figure, path)
+
 # --------------------------------------------------------------------------------------------------
 # The real runs
 
 def logs(paths, path):
     """A panel for each metrics.jsonl: the mean score of each axis on the training prompts of every
     step, and at both ends that of the held-out ones."""
-    figure, plots = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained", sharey=True)
+    figure, plots = pyplot.subplots(2, 4, figsize=(15, 6), layout="constrained", sharey=True)
     color_of = {}  # an axis has one in all panels
     for plot, log in zip(plots.flat, paths):
         for name, (steps, scores) in read_series(log).items():

@@ -42,7 +42,7 @@ RUNS = dict(
     lora=(1, f"{{here}}/mogrpo.py {SMALL} --lora_rank=4 --lr=4e-3"),
     gdpo=(1, f"{{here}}/mogrpo.py {SMALL} --combine=gdpo --epochs=2 --rules={{folder}}/length.py"),
     plain=(1, f"{{here}}/mogrpo.py {SMALL} --fast=False"),
-    ppo=(1, f"-m ablations.ppo {SMALL}"),
+    ppo=(1, f"-m ablations.ppo {SMALL} --critic_warmup=1"),
     dpo=(1, f"-m ablations.dpo {SMALL}"),
     lagrangian=(1, f"-m ablations.lagrangian {SMALL} --floors=safety=0.9"),
     reward=(1, "{here}/reward_model.py --epochs=1 --dtype=float32"),
