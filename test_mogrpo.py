@@ -56,8 +56,8 @@ import data.toy.prepare as toy_world
 import eval as evaluation
 import mogrpo
 import reward_model as rm
-from ablations import by_tag, dpo, dynamic, gspo, lagrangian, league_front, league_rules
-from ablations import league_table, lean, methods, play, ppo, steer
+from ablations import by_tag, dpo, dynamic, gspo, lagrangian, league, league_front
+from ablations import league_rules, league_table, lean, methods, play, ppo, steer
 from bench import memory, speed
 from data.human import votes as human
 from mogrpo import write_text
@@ -1649,6 +1649,32 @@ def test_worth_is_that_of_mixtures():
     results = [dict(method="grpo", world=0, seed=0, points=[point]) for point in points[:2]]
     assert methods.worths(results, "grpo", 1) == {(0, 0): (approx(0.7), 1)}
 
+@pytest.fixture
+def small_world(toy):
+    """out/world0 with three held-out prompts."""
+    few_heldout()
+    os.mkdir("out/world0")
+    for name in ("policy", "prompts.jsonl"):
+        os.symlink(os.path.abspath(f"out/toy/{name}"), f"out/world0/{name}")
+    os.rename("few.jsonl", "out/world0/heldout_prompts.jsonl")
+
+def test_a_run_is_looked_at_on_its_way(small_world):
+    cfg = methods.Config(out_dir="out", steps=8)
+    points = methods.play(cfg, dict(world=0, seed=0, method="dpo", beta=0.64), "out/run")["points"]
+    assert len(points) == 9 and points[0]["kl"] == approx(0, abs=1e-6) and points[-1]["kl"] > 0.05
+    before, *_, after = rows_of("out/run/metrics.jsonl")  # its own evaluations
+    for row, point in ((before, points[0]), (after, points[-1])):
+        assert {name: row[name] for name in point["true"]} == approx(point["true"])
+
+def test_a_game_of_the_league(small_world):
+    """The rule sees an axis thrice; the judge sees each once, by the truth."""
+    cfg = league.Config(out_dir="out", steps=2)
+    game = dict(world=0, seed=0, twist="thrice", rule="worst", weights="")
+    found = league.play(cfg, game, "out/run")
+    assert len(found["true"]) == 4 and "true/politeness" in found["true"]
+    assert found["worst"] == min(found["true"].values()) and found["kl"] > 0
+    assert "score/politeness3" in steps_of("out/run")[0]
+
 def test_dull_groups_are_replaced(tiny_run, monkeypatch):
     """Those of even prompts are dull: all score 0."""
     write_text("odd.py", "def scores(record, response):\n"
@@ -2489,6 +2515,9 @@ seed_tasks.jsonl < {"instruction": "Sort.", "instances": []} @ --raw=seed_tasks.
 [ablations.steer] FLAGS
 --sweep=nice                   | --sweep=nice good, kind
 --picture                      | --sweep
+[ablations.methods]
+--steps=12                     | --steps=12 multiple
+--jobs=0                       | --jobs
 """
 
 def bad_lines():

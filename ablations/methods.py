@@ -28,7 +28,7 @@ import mogrpo
 from ablations import dpo, league_table, ppo
 from ablations.league_table import GAIN, difference, finished
 from ablations.play import judge, play_all
-from mogrpo import say
+from mogrpo import require, say
 
 @dataclass
 class Config:
@@ -37,6 +37,10 @@ class Config:
     world_seeds: int = 3          # worlds, of seeds 0, 1, ...
     run_seeds: int = 2            # runs of each method at each beta in each world
     jobs: int = 2                 # runs at a time, each on one core
+
+    def __post_init__(self):
+        require(self.steps > 0 and self.steps % LOOKS == 0, f"--steps={self.steps}: must be a "
+                f"multiple of {LOOKS}")
 
 # They end at some 5, 4, 3 and 2 nats
 BETAS = dict(grpo=(0.16, 0.32, 0.45, 0.64), ppo=(0.04, 0.16, 0.32, 0.64),

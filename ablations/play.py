@@ -18,7 +18,7 @@ import torch
 
 import mogrpo
 from data.toy import prepare
-from mogrpo import say, write_text
+from mogrpo import require, say, write_text
 
 SERVER = multiprocessing.get_context("forkserver")  # imports torch once; runs are forked from it
 
@@ -51,6 +51,7 @@ def play_if_missing(play, cfg, game):
 def play_all(play, cfg, games):
     """Runs, cfg.jobs at a time, in their order. `play(cfg, game, out_dir)` is a run: it returns a
     dict of what it found, or None if it was stopped."""
+    require(cfg.jobs > 0, "--jobs: there must be one at least")
     SERVER.set_forkserver_preload(["ablations.league_table"])
     os.makedirs(f"{cfg.out_dir}/{cfg.steps}steps", exist_ok=True)
     for seed in range(cfg.world_seeds):
