@@ -631,7 +631,7 @@ def train(run, one_step):
             log_step(run, step, metrics)
             if step == cfg.steps or (cfg.save_interval and step % cfg.save_interval == 0):
                 save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
-        evaluate(run, cfg.steps)
+        evaluate(run, state["step"])
     except Stopped as stop:  # all processes at once; what the next step had begun is dropped
         save_checkpoint(cfg.out_dir, run.trained, run.optimizer, state)
         saved = f"step {state['step']} is saved in {cfg.out_dir}; --resume goes on there"
