@@ -11,8 +11,10 @@ a little less than what a beta made for x would give.
 Differences to GRPO, their intervals and marks are those of league_table.py: paired by world and
 run seed, a bootstrap over worlds.
 
-PPO has gae_lambda = 1 and a critic that learns alone in the first ten steps, which are extra. Not
-tuned, in any of them: lr, clipping, the size of a group. DPO's betas are on its own scale.
+`points` is GRPO that does not divide by the group's std, as Dr. GRPO (2503.20783): its std_floor is
+1, above almost all of them. PPO has gae_lambda = 1 and a critic that learns alone in the first ten
+steps, which are extra. Not tuned, in any of them: lr, clipping, the size of a group. DPO's betas
+are on its own scale.
 
     python -m ablations.methods        # plays what is missing, [hours]; then prints the table
 
@@ -43,8 +45,8 @@ class Config:
                 f"multiple of {LOOKS}")
 
 # They end at some 5, 4, 3 and 2 nats
-BETAS = dict(grpo=(0.16, 0.32, 0.45, 0.64), ppo=(0.04, 0.16, 0.32, 0.64),
-             dpo=(0.64, 2.5, 10.0, 40.0))
+BETAS = dict(grpo=(0.16, 0.32, 0.45, 0.64), points=(0.06, 0.12, 0.18, 0.26),
+             ppo=(0.04, 0.16, 0.32, 0.64), dpo=(0.64, 2.5, 10.0, 40.0))
 LOOKS = 8                         # of a run
 KLS = (1, 2, 3, 4, 5)             # nats of a response
 CRITIC_ALONE = 10                 # steps
@@ -65,6 +67,8 @@ def play(cfg, game, out_dir):
                  prompts=f"{world}/prompts.jsonl", heldout_prompts=f"{world}/heldout_prompts.jsonl",
                  beta=game["beta"], seed=game["seed"], steps=cfg.steps + alone,
                  critic_warmup=alone, out_dir=out_dir)
+    if game["method"] == "points":
+        flags["std_floor"] = 1.0
     run = mogrpo.setup(ppo.Config(**ppo.TOY | flags))
     if is_ppo:
         ppo.add_critic(run)

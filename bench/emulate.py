@@ -15,6 +15,7 @@ import glob
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ mogrpo.launch(mogrpo.main, mogrpo.Config, "", mogrpo.TOY)
 # name -> processes, script and flags; {folder} is the run's own, {here} the project's
 RUNS = dict(
     default=(1, f"{{here}}/mogrpo.py {SMALL}"),
+    resume=(1, "{here}/mogrpo.py --resume --steps=5"),  # goes on with a copy of default's
     rooms=(1, f"{{folder}}/rooms.py {SMALL}"),
     lora=(1, f"{{here}}/mogrpo.py {SMALL} --lora_rank=4 --lr=4e-3"),
     gdpo=(1, f"{{here}}/mogrpo.py {SMALL} --combine=gdpo --epochs=2 --rules={{folder}}/length.py"),
@@ -57,6 +59,8 @@ def run(name, device, folder):
     """One run -> its output folder; a failure ends it all."""
     count, command = RUNS[name]
     out = f"{folder}/{name}-{device}"
+    if "--resume" in command:
+        shutil.copytree(f"{folder}/default-{device}", out, dirs_exist_ok=True)
     words = [sys.executable]
     if count > 1:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
