@@ -295,9 +295,10 @@ def logs(paths, path):
                 continue
             of = color_of.setdefault(axis, color(len(color_of)))
             if kind == "score":
-                plot.plot(steps, scores, color=of, label=axis)
+                plot.plot(steps, scores, color=of, marker=MARKERS[of], markersize=4, label=axis)
             else:
-                plot.plot(steps, scores, MARKERS[of], color=of, markerfacecolor="white")
+                plot.plot(steps, scores, MARKERS[of], color=of, markersize=9,
+                          markerfacecolor="white")
         plot.set(title=os.path.basename(log).removesuffix(".jsonl"), xlabel="step")
         plot.legend(fontsize=9)
     for plot in plots.flat[len(paths):]:
