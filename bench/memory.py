@@ -5,9 +5,9 @@ What a run of mogrpo.py takes of each GPU's memory, planned from config.json alo
     python -m bench.memory --policy=DIR --reward_model=out/rm,other/rm --gpus=16 --hsdp=False
     python -m bench.memory --policy=DIR --gpus=1 --gpu_gb=24 --lora_rank=16 --group_size=16
 
-Takes the flags of mogrpo.py and three of its own; needs no GPU, no weights, no prompts and no rules.
-Prints GiB on each GPU by purpose: what is always there, what each stage of a step takes on top, and
-the largest group that would fit. Where the run does not fit: one line with the smallest change that
+Takes the flags of mogrpo.py and three of its own; needs no GPU, weights, prompts or rules. Prints
+GiB on each GPU by purpose: what is always there, what each stage of a step takes on top, and the
+largest group that would fit. Where the run does not fit: one line with the smallest change that
 would, exit status 2.
 
 The models are made, and run once, of fake tensors: these have shapes but no memory, so what a block

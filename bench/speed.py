@@ -5,9 +5,9 @@ What a token and an update cost: counted from config.json alone, or timed on thi
     python -m bench.speed --policy=Qwen/Qwen2.5-0.5B-Instruct --rows=32,64,128,256    # timed here
     python -m bench.speed --predict=h100 --gpus=8 --policy=Qwen/Qwen2.5-7B-Instruct   # on paper
 
-Takes the flags of bench/memory.py and some of its own, below; of --policy only config.json is read, the weights
-are random, no row ends early, and all prompts have --max_prompt_tokens tokens. One JSON line for
-each number of rows, then a table.
+Takes the flags of bench/memory.py and some of its own, below; of --policy only config.json is read,
+the weights are random, no row ends early, and all prompts have --max_prompt_tokens tokens. One JSON
+line for each number of rows, then a table.
 
 Counted: the model is run once on fake tensors, which have shapes but no memory, and every operation
 is looked at. Floor of a decoded token: all weights that it needs, and the keys and values of all
