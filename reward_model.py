@@ -49,7 +49,7 @@ class Config:
     heldout_ratings: str = ""   # files for the held-out table; empty: heldout_frac of the prompts
     heldout_frac: float = 0.1   # split by prompt: another answer to the same prompt would leak it
     axes: str = ""              # axes to train, comma-separated; empty: all that occur in "scores"
-    scale: str = "0,1"          # lowest and highest rating, mapped to [0, 1], as 0,4
+    scale: str = "0,1"          # lowest and highest rating, such as 0,4: to [0, 1]
     backbone: str = "Qwen/Qwen2.5-0.5B"  # folder or hub id of any decoder or encoder
     out_dir: str = "out/rm"     # an earlier folder there is renamed, not overwritten
     loss: Literal["bce", "mse"] = "bce"  # bce: cross-entropy, the rating as a soft label

@@ -21,7 +21,6 @@ The toy's axes, sizes and twists are our choice, and no rule is tuned.
 It can be stopped and started again: a finished run is a file in out_dir, and is kept. All rules and
 twists of world 0 come first, then those of world 1, so that a part is useful.
 """
-import json
 from dataclasses import dataclass
 from itertools import product
 
@@ -29,6 +28,7 @@ import mogrpo
 from ablations import league_rules, league_table
 from ablations.league_rules import RULES, TWISTS
 from ablations.play import judge, play_all
+from data.toy.prepare import write_jsonl
 from mogrpo import TOY, read_jsonl
 
 @dataclass
@@ -49,12 +49,6 @@ def games(cfg):
 # --------------------------------------------------------------------------------------------------
 # 2. Playing
 
-def write_twisted(twist, source, path):
-    """A prompts file with the twist's name on every line, where the rules read it."""
-    with open(path, "w") as f:
-        for _, record in read_jsonl(source):
-            f.write(json.dumps(record | dict(twist=twist)) + "\n")
-
 def play(cfg, game, out_dir):
     """A run -> what `judge` finds in the end; None if it was stopped."""
     world = f"{cfg.out_dir}/world{game['world']}"
@@ -63,7 +57,9 @@ def play(cfg, game, out_dir):
                  out_dir=out_dir)
     for name in ("prompts", "heldout_prompts"):
         flags[name] = f"{out_dir}.{name}.jsonl"
-        write_twisted(game["twist"], f"{world}/{name}.jsonl", flags[name])
+        lines = read_jsonl(f"{world}/{name}.jsonl")
+        # The rules read the twist's name on every line
+        write_jsonl(flags[name], [record | dict(twist=game["twist"]) for _, record in lines])
     run = mogrpo.setup(league_rules.Config(**TOY | flags))
     heldout = run.heldout
     run.heldout = []  # looked at once, in `judge`

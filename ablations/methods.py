@@ -27,7 +27,7 @@ from itertools import product
 from statistics import fmean, median
 
 import mogrpo
-from ablations import dpo, league_table, ppo
+from ablations import dpo, ppo
 from ablations.league_table import GAIN, difference, finished
 from ablations.play import judge, play_all
 from mogrpo import require, say
@@ -53,9 +53,10 @@ CRITIC_ALONE = 10                 # steps
 
 def games(cfg):
     listed = []
-    for seed, world, which in product(range(cfg.run_seeds), range(cfg.world_seeds), range(4)):
-        for method, betas in BETAS.items():
-            listed.append(dict(world=world, seed=seed, method=method, beta=betas[which]))
+    rounds = product(range(cfg.run_seeds), range(cfg.world_seeds), zip(*BETAS.values()))
+    for seed, world, betas in rounds:
+        for method, beta in zip(BETAS, betas):
+            listed.append(dict(world=world, seed=seed, method=method, beta=beta))
     return listed
 
 def play(cfg, game, out_dir):
